@@ -1,0 +1,6 @@
+//! Configuration on the wire: protos, generated code, the validated model, conversions between the two, and the
+//! sans-IO delta xDS client and server.
+//!
+//! Deliberately absent: sockets (but for the thin tonic adapters), Kubernetes objects, and any knowledge of BPF.
+
+pub mod model;
