@@ -1,0 +1,2 @@
+//! The `mesh-node` command.
+fn main() {}
