@@ -4,3 +4,4 @@
 //! Deliberately absent: sockets (but for the thin tonic adapters), Kubernetes objects, and any knowledge of BPF.
 
 pub mod model;
+pub mod wire;
