@@ -1,1 +1,19 @@
-//! net
+//! Network namespaces and the sockets in them: the only door of the daemon to `setns` and to raw socket options.
+//!
+//! - [`ns`]: a handle on a network namespace, and running a closure inside it
+//! - [`socket`]: listening and dialling inside a namespace
+//! - [`links`]: the addresses that a namespace has
+//! - [`diag`]: the TCP listeners that a namespace already has
+//! - [`fdpass`]: messages with a file descriptor over a Unix socket
+//!
+//! Deliberately absent: knowledge of pods (`enroll`), of BPF (`bpf`) and of what flows through a socket.
+
+pub mod diag;
+pub mod fdpass;
+pub mod links;
+pub mod ns;
+pub mod socket;
+mod sys;
+
+pub use ns::{NetNs, NetNsError, NsId};
+pub use socket::{Dialing, accept_from};

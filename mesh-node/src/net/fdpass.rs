@@ -1,0 +1,44 @@
+//! One message with at most one file descriptor over a Unix stream socket (SCM_RIGHTS).
+
+use super::sys;
+use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
+use std::{
+    io::{self, IoSlice, IoSliceMut},
+    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd},
+};
+
+/// `SCM_MAX_FD`: with room for this many nothing can be cut off, so no descriptor is ever installed and forgotten.
+const MAX_FDS: usize = 253;
+
+/// Sends the beginning of `data`, with `fd` if given, and returns how many bytes went out.
+pub fn send(socket: impl AsFd, data: &[u8], fd: Option<BorrowedFd<'_>>) -> io::Result<usize> {
+    let fds = fd.map(|fd| [fd.as_raw_fd()]);
+    let control: Vec<ControlMessage<'_>> = fds.iter().map(|fds| ControlMessage::ScmRights(fds)).collect();
+    let sent = sendmsg::<()>(
+        socket.as_fd().as_raw_fd(),
+        &[IoSlice::new(data)],
+        &control,
+        MsgFlags::MSG_NOSIGNAL,
+        None,
+    )?;
+    Ok(sent)
+}
+
+/// Receives into `buf`: the number of bytes (0 at the end of the stream) and the descriptor that came with them.
+/// More than one descriptor is an error, and all of them are closed.
+pub fn recv(socket: impl AsFd, buf: &mut [u8]) -> io::Result<(usize, Option<OwnedFd>)> {
+    let mut space = nix::cmsg_space!([RawFd; MAX_FDS]);
+    let mut iov = [IoSliceMut::new(buf)];
+    let message =
+        recvmsg::<()>(socket.as_fd().as_raw_fd(), &mut iov, Some(&mut space), MsgFlags::MSG_CMSG_CLOEXEC)?;
+    let mut received = Vec::new();
+    for control in message.cmsgs()? {
+        if let ControlMessageOwned::ScmRights(fds) = control {
+            received.extend(sys::own_received(&fds));
+        }
+    }
+    if received.len() > 1 {
+        return Err(io::Error::new(io::ErrorKind::InvalidData, "more than one descriptor in one message"));
+    }
+    Ok((message.bytes, received.pop()))
+}
