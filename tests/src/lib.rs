@@ -1,1 +1,23 @@
-//! tests
+//! The harness of the end-to-end tests and of the demo: a cluster of network namespaces and cgroups on one kernel,
+//! with the real daemons, the real CNI plugin and a small traffic program in the place of the users' applications.
+//!
+//! A node is a network namespace with a bridge for its pods and a veth to a common fabric, plus a cgroup that
+//! stands for the node's cgroup root. A pod is a network namespace plus a cgroup. Nothing is created in the
+//! machine's own network namespace, everything carries a run id, and what a crashed run leaves behind is removed
+//! by the next one.
+//!
+//! Deliberately absent: any traffic shaping (tc, netem), any knowledge of how the daemons work inside, and any
+//! use of their crates: they are driven through their command lines, files, sockets and metrics only.
+
+pub mod app;
+pub mod cgroup;
+pub mod cluster;
+pub mod daemons;
+pub mod fixture;
+pub mod metrics;
+pub mod netns;
+pub mod proc;
+pub mod run;
+pub mod sniff;
+mod sys;
+pub mod wait;

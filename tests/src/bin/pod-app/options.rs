@@ -1,0 +1,159 @@
+//! The command line of `pod-app`.
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use std::net::SocketAddr;
+
+/// Traffic for tests of a service mesh.
+#[derive(Debug, Parser)]
+pub(crate) struct Options {
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Serve on the given ports until ended.
+    Serve(Serve),
+    /// Do nothing until ended (a pod that only dials).
+    Idle,
+    /// Open many connections to a `who` server and verify each.
+    Connects(Connects),
+    /// Exchange many datagrams with a UDP server and verify each.
+    Udp(Udp),
+    /// Stream patterned bytes both ways at once over one connection and verify them.
+    Bulk(Bulk),
+    /// Open one connection, send one line or nothing, print what comes back.
+    Dial(Dial),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Serve {
+    /// The name that answers carry.
+    #[arg(long)]
+    pub(crate) name: String,
+    /// Ports that answer each line with who it is and whom it sees.
+    #[arg(long)]
+    pub(crate) who: Vec<u16>,
+    /// Ports that send every byte back.
+    #[arg(long)]
+    pub(crate) echo: Vec<u16>,
+    /// Ports for `bulk` clients.
+    #[arg(long)]
+    pub(crate) bulk: Vec<u16>,
+    /// Ports that accept and never read.
+    #[arg(long)]
+    pub(crate) sleep: Vec<u16>,
+    /// Ports that send a banner before anything is read, then answer as `who`.
+    #[arg(long)]
+    pub(crate) banner: Vec<u16>,
+    /// Ports that read a line, then reset the connection.
+    #[arg(long)]
+    pub(crate) reset: Vec<u16>,
+    /// UDP ports that answer each datagram with who it is and whom it sees.
+    #[arg(long)]
+    pub(crate) udp: Vec<u16>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Connects {
+    /// The address to dial.
+    #[arg(long)]
+    pub(crate) to: SocketAddr,
+    /// How many connections.
+    #[arg(long, default_value_t = 1)]
+    pub(crate) n: u64,
+    /// On how many threads.
+    #[arg(long, default_value_t = 1)]
+    pub(crate) threads: u64,
+    /// How to open each connection.
+    #[arg(long, value_enum, default_value_t = Mode::Plain)]
+    pub(crate) mode: Mode,
+    /// Dial an IPv4 address from an IPv6 socket as `::ffff:a.b.c.d`.
+    #[arg(long)]
+    pub(crate) mapped: bool,
+    /// Names of servers that may answer; any if none is given.
+    #[arg(long)]
+    pub(crate) expect: Vec<String>,
+    /// Do not compare the client address that the server saw (a plain proxy is in the way on purpose).
+    #[arg(long)]
+    pub(crate) any_client: bool,
+    /// Seconds until an exchange counts as lost.
+    #[arg(long, default_value_t = 10)]
+    pub(crate) timeout: u64,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Mode {
+    /// Blocking connect.
+    Plain,
+    /// Non-blocking connect and poll.
+    Nonblock,
+    /// TCP Fast Open by `sendto(MSG_FASTOPEN)`.
+    Tfo,
+    /// TCP Fast Open by the socket option `TCP_FASTOPEN_CONNECT`.
+    TfoConnect,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Udp {
+    /// The address to send to.
+    #[arg(long)]
+    pub(crate) to: SocketAddr,
+    /// How many datagrams.
+    #[arg(long, default_value_t = 1)]
+    pub(crate) n: u64,
+    /// On how many threads.
+    #[arg(long, default_value_t = 1)]
+    pub(crate) threads: u64,
+    /// `connect()` the socket first; otherwise `sendto`.
+    #[arg(long)]
+    pub(crate) connected: bool,
+    /// A new socket for every datagram.
+    #[arg(long)]
+    pub(crate) fresh: bool,
+    /// Send to an IPv4 address from an IPv6 socket.
+    #[arg(long)]
+    pub(crate) mapped: bool,
+    /// Names of servers that may answer; any if none is given.
+    #[arg(long)]
+    pub(crate) expect: Vec<String>,
+    /// Seconds until a datagram counts as lost.
+    #[arg(long, default_value_t = 5)]
+    pub(crate) timeout: u64,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Bulk {
+    /// The address to dial.
+    #[arg(long)]
+    pub(crate) to: SocketAddr,
+    /// Bytes from client to server.
+    #[arg(long, default_value_t = 0)]
+    pub(crate) up: u64,
+    /// Bytes from server to client.
+    #[arg(long, default_value_t = 0)]
+    pub(crate) down: u64,
+    /// The client reads at most this many bytes per second; 0 = as fast as it can.
+    #[arg(long, default_value_t = 0)]
+    pub(crate) read_rate: u64,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Dial {
+    /// The address to dial.
+    #[arg(long)]
+    pub(crate) to: SocketAddr,
+    /// A line to send; nothing is sent without it.
+    #[arg(long)]
+    pub(crate) send: Option<String>,
+    /// End the sending direction after the line (half-close).
+    #[arg(long)]
+    pub(crate) shutdown: bool,
+    /// Send zeros until the peer's window and every buffer in between are full, at most this many bytes, and
+    /// print how many were taken within `timeout`.
+    #[arg(long)]
+    pub(crate) fill: Option<u64>,
+    /// Seconds to wait for data and for the end.
+    #[arg(long, default_value_t = 5)]
+    pub(crate) timeout: u64,
+}

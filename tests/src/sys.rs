@@ -1,0 +1,67 @@
+//! The only unsafe code of the harness: entering a network namespace and a cgroup between fork and exec, and a
+//! termination handler.
+#![allow(unsafe_code)]
+
+use std::{
+    fs::File,
+    io,
+    os::{
+        fd::{AsRawFd, IntoRawFd},
+        unix::process::CommandExt,
+    },
+    process::Command,
+    sync::atomic::{AtomicI32, Ordering},
+};
+
+/// Makes the child of `command` join the cgroup whose `cgroup.procs` is given, then the network namespace.
+///
+/// The files stay open in the parent for as long as `command` lives.
+pub(crate) fn join_before_exec(command: &mut Command, procs: File, netns: Option<File>) {
+    let hook = move || -> io::Result<()> {
+        // SAFETY: `procs` is an open file owned by the closure; write(2) is async-signal-safe and reads one byte
+        // of a static string.
+        if unsafe { libc::write(procs.as_raw_fd(), b"0".as_ptr().cast(), 1) } != 1 {
+            return Err(io::Error::last_os_error());
+        }
+        if let Some(netns) = &netns {
+            // SAFETY: `netns` is an open file owned by the closure; setns(2) takes no pointer.
+            if unsafe { libc::setns(netns.as_raw_fd(), libc::CLONE_NEWNET) } != 0 {
+                return Err(io::Error::last_os_error());
+            }
+        }
+        Ok(())
+    };
+    // SAFETY: the hook runs in the forked child and makes only the two async-signal-safe system calls above; it
+    // allocates nothing and takes no lock (`last_os_error` reads errno).
+    unsafe { command.pre_exec(hook) };
+}
+
+static PIPE: AtomicI32 = AtomicI32::new(-1);
+
+extern "C" fn on_signal(signal: libc::c_int) {
+    let byte = [signal as u8];
+    // SAFETY: write(2) is async-signal-safe; the buffer is a live local of one byte; a bad descriptor only fails.
+    unsafe { libc::write(PIPE.load(Ordering::Relaxed), byte.as_ptr().cast(), 1) };
+}
+
+/// Calls `cleanup` on a thread of its own at the first SIGINT, SIGTERM or SIGHUP, then ends the process with
+/// status 128 + signal. To be called once.
+pub(crate) fn on_termination(cleanup: impl FnOnce() + Send + 'static) -> io::Result<()> {
+    let (reader, writer) = io::pipe()?;
+    PIPE.store(writer.into_raw_fd(), Ordering::Relaxed);
+    for signal in [libc::SIGINT, libc::SIGTERM, libc::SIGHUP] {
+        // SAFETY: `on_signal` is an extern "C" function that only calls async-signal-safe functions, and it
+        // lives for the whole program.
+        if unsafe { libc::signal(signal, on_signal as *const () as libc::sighandler_t) } == libc::SIG_ERR {
+            return Err(io::Error::last_os_error());
+        }
+    }
+    std::thread::spawn(move || {
+        let mut byte = [0u8];
+        if io::Read::read_exact(&mut &reader, &mut byte).is_ok() {
+            cleanup();
+            std::process::exit(128 + i32::from(byte[0]));
+        }
+    });
+    Ok(())
+}

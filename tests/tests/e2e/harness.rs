@@ -1,0 +1,90 @@
+//! The harness itself: pods reach each other without any mesh, in both families, and nothing stays behind.
+
+use anyhow::Result;
+use mesh_tests::{app::ports, cluster::Cluster, fixture::Fixture, netns};
+use std::path::PathBuf;
+
+fn quickstart() -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../deploy/examples/quickstart")
+}
+
+#[test]
+fn pods_reach_each_other_without_a_mesh() -> Result<()> {
+    let mut cluster = Cluster::new(&Fixture::load(&quickstart())?)?;
+    cluster.start_apps()?;
+    let client = cluster.pod("shop/web-0")?;
+    for server in ["shop/db-0", "shop/pay-0"] {
+        let server = cluster.pod(server)?;
+        for address in [server.spec.v4.to_string(), format!("[{}]", server.spec.v6)] {
+            for mode in ["plain", "nonblock", "tfo", "tfo-connect"] {
+                let report = client.connects(&format!(
+                    "--to {address}:{} --n 50 --threads 2 --mode {mode} --expect {}",
+                    ports::WHO,
+                    server.spec.name
+                ))?;
+                assert!(report.all_right(50), "{address} {mode}: {report:?}");
+            }
+            for kind in ["", "--connected", "--fresh"] {
+                let report = client.udp(&format!("--to {address}:{} --n 20 {kind}", ports::UDP))?;
+                assert!(report.all_right(20), "{address} udp {kind}: {report:?}");
+            }
+        }
+        let to = format!("{}:{}", server.spec.v4, ports::WHO);
+        let report = client.connects(&format!("--to {to} --n 20 --mapped"))?;
+        assert!(report.all_right(20), "mapped: {report:?}");
+
+        let mib = 1 << 20;
+        let bulk = client.bulk(&format!(
+            "--to {}:{} --up {} --down {}",
+            server.spec.v4,
+            ports::BULK,
+            64 * mib,
+            48 * mib
+        ))?;
+        assert_eq!((bulk.server_verified, bulk.received), (64 * mib, 48 * mib));
+        assert_eq!(bulk.up_checksums.0, bulk.up_checksums.1);
+        assert_eq!(bulk.down_checksums.0, bulk.down_checksums.1);
+
+        let v4 = server.spec.v4;
+        let echoed = client.dial(&format!("--to {v4}:{} --send hello --shutdown", ports::ECHO))?;
+        assert_eq!((echoed.received.as_str(), echoed.end.as_str()), ("hello\nbye\n", "eof"));
+        let reset = client.dial(&format!("--to {v4}:{} --send x", ports::RESET))?;
+        assert_eq!(reset.end, "read: reset");
+        let refused = client.dial(&format!("--to {v4}:9"))?;
+        assert_eq!(refused.end, "connect: refused");
+        let asleep = client.dial(&format!("--to {v4}:{} --fill 1073741824 --timeout 1", ports::SLEEP))?;
+        assert_eq!(asleep.end, "write: timeout");
+        assert!(asleep.taken < 64 * mib, "a sleeping reader took {} bytes", asleep.taken);
+    }
+    Ok(())
+}
+
+#[test]
+fn capture_sees_the_plaintext_between_nodes() -> Result<()> {
+    let mut cluster = Cluster::new(&Fixture::load(&quickstart())?)?;
+    cluster.start_apps()?;
+    let capture = cluster.capture()?;
+    let server = cluster.pod("shop/pay-0")?.spec.v4;
+    let answer =
+        cluster.pod("shop/web-0")?.dial(&format!("--to {server}:9001 --send marker-4711 --shutdown"))?;
+    assert_eq!(answer.end, "eof");
+    let packets = capture.finish()?;
+    assert!(packets.containing(b"marker-4711") >= 2, "{} frames", packets.len());
+    assert!(packets.tcp_port(ports::ECHO) > 0);
+    assert_eq!(packets.containing(b"marker-4712"), 0);
+    Ok(())
+}
+
+#[test]
+fn a_dropped_cluster_leaves_nothing_behind() -> Result<()> {
+    let mut cluster = Cluster::new(&Fixture::load(&quickstart())?)?;
+    cluster.start_apps()?;
+    let (prefix, cgroup, dir) =
+        (cluster.run.name(""), cluster.run.cgroup()?.path().to_owned(), cluster.run.dir());
+    assert!(!netns::list(&prefix)?.is_empty());
+    drop(cluster);
+    assert_eq!(netns::list(&prefix)?, Vec::<String>::new());
+    assert!(!cgroup.exists());
+    assert!(!dir.exists());
+    Ok(())
+}
