@@ -4,6 +4,7 @@
 //! - [`socket`]: listening and dialling inside a namespace
 //! - [`links`]: the addresses that a namespace has
 //! - [`diag`]: the TCP listeners that a namespace already has
+//! - [`unix`]: Unix sockets for root only
 //! - [`fdpass`]: messages with a file descriptor over a Unix socket
 //!
 //! Deliberately absent: knowledge of pods (`enroll`), of BPF (`bpf`) and of what flows through a socket.
@@ -14,6 +15,7 @@ pub mod links;
 pub mod ns;
 pub mod socket;
 mod sys;
+pub mod unix;
 
 pub use ns::{NetNs, NetNsError, NsId};
 pub use socket::{Dialing, accept_from};

@@ -1,0 +1,1 @@
+//! The overview as text, within 100 columns.
