@@ -4,6 +4,9 @@
 //! all of its clauses match; a clause matches when any of its matches matches; a match matches when all of its
 //! non-empty positive lists match and none of its negative lists does. DENY policies come first; if any ALLOW
 //! policy applies, one of them has to match.
+//!
+//! So a rule without clauses matches every connection; `crate::convert` uses that form for a DENY rule that it does
+//! not understand, and never yields a clause without matches or a match without conditions.
 
 use super::NamespacedName;
 use std::net::IpAddr;
