@@ -1,1 +1,9 @@
-//! mesh-control
+//! The control plane: Kubernetes objects in, xDS and certificates out.
+//!
+//! `source` reads objects, `decode` checks them, `index` joins them (single writer, no I/O), `snapshot` is the
+//! immutable result, `serve` hands it to the nodes. Deliberately absent: anything that a node does with it.
+
+pub mod decode;
+pub mod object;
+pub mod report;
+pub mod source;
