@@ -103,6 +103,12 @@ pub enum EnrollError {
         /// The limit.
         limit: usize,
     },
+    /// STATUS: no pod can be taken at the moment.
+    #[error("mesh-node cannot take pods: {why}")]
+    NotReady {
+        /// Why.
+        why: String,
+    },
     /// CHECK found that a pod of the mesh is not captured.
     #[error("pod {pod} is in the mesh but not captured: {why}")]
     NotCaptured {
@@ -121,6 +127,7 @@ impl EnrollError {
                 ErrorKind::TryAgain
             }
             Self::Capture { .. } => ErrorKind::TryAgain,
+            Self::NotReady { .. } => ErrorKind::NotReady,
             Self::NoNetNs { .. } | Self::NetNs { .. } | Self::HostNetwork { .. } => ErrorKind::Invalid,
             Self::NoAddress { .. }
             | Self::PortBusy { .. }
@@ -153,6 +160,7 @@ impl EnrollError {
                 "see mesh-node status and the daemon's log; the runtime tries again by itself"
             }
             Self::Removed { .. } => "nothing to do",
+            Self::NotReady { .. } => "see mesh-node status and the daemon's log",
             Self::TooManyPods { .. } => "raise the limit of pods in mesh-node's configuration",
             Self::NotCaptured { .. } => "see mesh-node status; deleting the pod makes a new one",
         }
@@ -172,6 +180,7 @@ impl EnrollError {
             Self::CaptureTimeout { .. } => "capture_timeout",
             Self::Removed { .. } => "removed",
             Self::TooManyPods { .. } => "too_many_pods",
+            Self::NotReady { .. } => "not_ready",
             Self::NotCaptured { .. } => "not_captured",
         }
     }

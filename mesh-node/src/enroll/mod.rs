@@ -8,10 +8,16 @@
 //! Deliberately absent: BPF, what is done with a connection, and Kubernetes objects; the control plane decides
 //! about membership and [`Mesh`] relays it.
 
+pub mod alive;
 mod error;
+mod listeners;
+pub mod pods;
 pub mod protocol;
+pub mod scan;
+pub mod server;
 
 pub use error::{CaptureError, EnrollError};
+pub use pods::{Added, Enroller, Limits, Phase, PodStatus};
 
 use crate::net::NetNs;
 use mesh_xds::model::NamespacedName;
