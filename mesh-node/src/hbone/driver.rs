@@ -1,0 +1,125 @@
+//! What keeps a connection alive besides its streams: PING, window growth, and the client's driver task.
+
+use super::{
+    CONNECTION_WINDOW, MAX_CONNECTION_WINDOW, PING_INTERVAL, PING_TIMEOUT, STREAM_WINDOW,
+    pool::{Closed, ConnShared},
+};
+use crate::tls::TlsReject;
+use bytes::Bytes;
+use h2::{Ping, PingPong, client};
+use std::{
+    future::{Future, poll_fn},
+    io,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll},
+    time::Duration,
+};
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    time::{Instant, Interval, MissedTickBehavior, interval_at},
+};
+
+/// Asks the peer whether it is still there. Without it, a node that vanished would hold its streams until TCP gives up.
+pub(super) struct KeepAlive {
+    pings: Option<PingPong>,
+    ticker: Interval,
+    sent: Option<Instant>,
+}
+
+impl KeepAlive {
+    pub(super) fn new(pings: Option<PingPong>) -> Self {
+        Self { pings, ticker: ticker(PING_INTERVAL), sent: None }
+    }
+
+    /// Ready when the peer has not answered in time.
+    pub(super) fn poll_dead(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        let Some(pings) = &mut self.pings else { return Poll::Pending };
+        loop {
+            if self.sent.is_some()
+                && let Poll::Ready(Ok(_)) = pings.poll_pong(cx)
+            {
+                self.sent = None;
+            }
+            if self.ticker.poll_tick(cx).is_pending() {
+                return Poll::Pending;
+            }
+            match self.sent {
+                Some(sent) if sent.elapsed() >= PING_TIMEOUT => return Poll::Ready(()),
+                Some(_) => {}
+                // An error here means that the connection is ending, which its own poll reports.
+                None => self.sent = pings.send_ping(Ping::opaque()).is_ok().then(Instant::now),
+            }
+        }
+    }
+}
+
+fn ticker(every: Duration) -> Interval {
+    let mut ticker = interval_at(Instant::now() + every, every);
+    ticker.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    ticker
+}
+
+/// The connection window for a number of open streams: room for each to fill its own, within the bound.
+pub(super) fn window_for(streams: usize) -> u32 {
+    let wanted = u32::try_from(streams).unwrap_or(u32::MAX).saturating_add(1).saturating_mul(STREAM_WINDOW);
+    wanted.clamp(CONNECTION_WINDOW, MAX_CONNECTION_WINDOW)
+}
+
+/// Drives a client connection to its end and says what ended it. Calls `sweep` now and then so that the pool can let
+/// an idle connection go.
+pub(super) async fn drive<IO>(
+    mut connection: client::Connection<IO, Bytes>,
+    shared: Arc<ConnShared>,
+    sweep_every: Duration,
+    mut sweep: impl FnMut(),
+) -> Closed
+where
+    IO: AsyncRead + AsyncWrite + Unpin,
+{
+    let mut alive = KeepAlive::new(connection.ping_pong());
+    let mut sweeper = ticker(sweep_every);
+    let mut window = CONNECTION_WINDOW;
+    poll_fn(|cx| {
+        let wanted = window_for(shared.streams());
+        if wanted > window {
+            window = wanted;
+            connection.set_target_window_size(window);
+        }
+        if alive.poll_dead(cx).is_ready() {
+            let detail = format!("no answer to a PING within {} s", PING_TIMEOUT.as_secs());
+            return Poll::Ready(Closed { detail, tls: None });
+        }
+        while sweeper.poll_tick(cx).is_ready() {
+            sweep();
+        }
+        Pin::new(&mut connection).poll(cx).map(|result| match result {
+            Ok(()) => Closed { detail: "the peer closed the connection".into(), tls: None },
+            Err(error) => closed(&error),
+        })
+    })
+    .await
+}
+
+/// What an error of a whole connection means. The TLS layer's part in it is found here: a server that refuses our
+/// certificate says so only after the client's side of the handshake is done.
+fn closed(error: &h2::Error) -> Closed {
+    let tls = error
+        .get_io()
+        .filter(|io: &&io::Error| io.get_ref().is_some_and(|inner| inner.is::<rustls::Error>()))
+        .map(TlsReject::from_io);
+    Closed { detail: error.to_string(), tls }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_window_grows_with_the_streams_and_stays_bounded() {
+        assert_eq!(window_for(0), CONNECTION_WINDOW);
+        assert_eq!(window_for(3), CONNECTION_WINDOW);
+        assert_eq!(window_for(10), 11 * STREAM_WINDOW);
+        assert_eq!(window_for(usize::MAX), MAX_CONNECTION_WINDOW);
+    }
+}
