@@ -4,5 +4,6 @@
 //! Deliberately absent: sockets (but for the thin tonic adapters), Kubernetes objects, and any knowledge of BPF.
 
 pub mod convert;
+pub mod delta;
 pub mod model;
 pub mod wire;

@@ -9,6 +9,7 @@
 //! Deliberately absent: looking one resource up from another. A workload may name a service that is not there (yet).
 
 mod authorization;
+mod resource;
 mod service;
 mod unknown;
 mod workload;
@@ -17,6 +18,7 @@ mod workload;
 mod tests;
 
 pub use authorization::{decode_authorization, encode_authorization};
+pub use resource::{authorization_resource, service_resource, workload_resources};
 pub use service::encode_service;
 pub use workload::encode_workload;
 

@@ -43,6 +43,21 @@ pub struct UdpPort {
     #[prost(uint32, tag = "2")]
     pub target_port: u32,
 }
+/// In google.rpc.Status.details of a NACK: which resources were rejected. A server that does not know it reads the
+/// message instead.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct Rejections {
+    #[prost(message, repeated, tag = "1")]
+    pub rejections: ::prost::alloc::vec::Vec<Rejection>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Rejection {
+    /// The resource's name.
+    #[prost(string, tag = "1")]
+    pub name: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub reason: ::prost::alloc::string::String,
+}
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
 #[repr(i32)]
 pub enum Transport {
