@@ -42,6 +42,11 @@ impl NetNs {
         Ok(ns)
     }
 
+    /// A namespace that another process of a run created.
+    pub fn existing(name: &str) -> Self {
+        Self { name: name.to_owned() }
+    }
+
     /// The name, as `ip netns` knows it.
     pub fn name(&self) -> &str {
         &self.name

@@ -134,26 +134,51 @@ fn handle_signals() {
 pub fn sweep() -> Result<()> {
     let lock = File::create(Path::new(BASE).join("lock"))?;
     let _lock = Flock::lock(lock, FlockArg::LockExclusive).map_err(|(_, errno)| errno).context("lock")?;
-    for entry in std::fs::read_dir(BASE)? {
+    for (path, state) in states()? {
+        let Some(id) = path.file_stem().and_then(|stem| stem.to_str()) else { continue };
+        if start_time(state.pid).ok() != Some(state.start_time) {
+            remove(id, &state.cgroup).with_context(|| format!("remove the dead run {id}"))?;
+        }
+    }
+    Ok(())
+}
+
+/// Directories of the runs whose owner is alive.
+pub fn live_dirs() -> Result<Vec<PathBuf>> {
+    let mut dirs = Vec::new();
+    for (path, state) in states()? {
+        if start_time(state.pid).ok() == Some(state.start_time) {
+            dirs.push(path.with_extension(""));
+        }
+    }
+    Ok(dirs)
+}
+
+/// All state files with their content.
+fn states() -> Result<Vec<(PathBuf, State)>> {
+    let mut states = Vec::new();
+    let entries = match std::fs::read_dir(BASE) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(states),
+        Err(error) => return Err(error).context(BASE),
+    };
+    for entry in entries {
         let path = entry?.path();
         if path.extension().is_none_or(|ext| ext != "json") {
             continue;
         }
-        let Some(id) = path.file_stem().and_then(|stem| stem.to_str()) else { continue };
-        let state: State = match std::fs::read(&path).map_err(anyhow::Error::from).and_then(|bytes| {
-            serde_json::from_slice(&bytes).with_context(|| format!("parse {}", path.display()))
-        }) {
-            Ok(state) => state,
+        match std::fs::read(&path) {
+            Ok(bytes) => {
+                let state =
+                    serde_json::from_slice(&bytes).with_context(|| format!("parse {}", path.display()))?;
+                states.push((path, state));
+            }
             // Another process may just have ended its own run.
-            Err(_) if !path.exists() => continue,
-            Err(error) => return Err(error),
-        };
-        if start_time(state.pid).ok() == Some(state.start_time) {
-            continue;
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+            Err(error) => return Err(error).with_context(|| format!("read {}", path.display())),
         }
-        remove(id, &state.cgroup).with_context(|| format!("remove the dead run {id}"))?;
     }
-    Ok(())
+    Ok(states)
 }
 
 /// The order matters: processes first (they hold namespaces, sockets and BPF objects), the state file last.

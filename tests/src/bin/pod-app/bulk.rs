@@ -130,7 +130,7 @@ fn receive(from: &mut impl Read, bytes: u64, seed: u64, rate: u64) -> io::Result
 }
 
 /// One connection of the `bulk` server.
-pub(crate) fn serve(stream: TcpStream) -> io::Result<()> {
+pub(crate) fn serve(mut stream: &TcpStream) -> io::Result<()> {
     let bad = || io::Error::new(io::ErrorKind::InvalidData, "bad header");
     let mut reader = BufReader::with_capacity(CHUNK, stream.try_clone()?);
     let mut header = String::new();
@@ -144,7 +144,7 @@ pub(crate) fn serve(stream: TcpStream) -> io::Result<()> {
         return Err(io::Error::new(io::ErrorKind::InvalidData, "more bytes than announced"));
     }
     let down_sum = sender.join().map_err(|_| io::Error::other("the sender panicked"))??;
-    (&stream).write_all(format!("{up} {up_sum} {down_sum}\n").as_bytes())?;
+    stream.write_all(format!("{up} {up_sum} {down_sum}\n").as_bytes())?;
     stream.shutdown(Shutdown::Write)
 }
 

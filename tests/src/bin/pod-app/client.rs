@@ -129,7 +129,7 @@ fn exchange(args: &Connects, to: SocketAddr, payload: &str) -> Result<Seen> {
             socket.set_nonblocking(true)?;
             match socket.connect(&to.into()) {
                 Err(error) if error.raw_os_error() == Some(libc::EINPROGRESS) => {
-                    await_connected(&socket, timeout)?
+                    await_connected(&socket, timeout)?;
                 }
                 other => other.context("connect")?,
             }

@@ -14,7 +14,7 @@ use std::{
 const BACKLOG: i32 = 4096;
 const STACK: usize = 128 * 1024;
 
-type Handler = fn(&str, TcpStream, SocketAddr) -> io::Result<()>;
+type Handler = fn(&str, &TcpStream, SocketAddr) -> io::Result<()>;
 
 /// Serves until the process is ended; prints `ready` once every port is open.
 pub(crate) fn serve(args: &Serve) -> Result<()> {
@@ -81,7 +81,7 @@ fn accept(listener: &TcpListener, name: &str, handler: Handler) {
                 let name = name.to_owned();
                 let run = move || {
                     // The client sees how its connection ended; a server that logs every reset helps nobody.
-                    let _ = handler(&name, stream, from);
+                    let _ = handler(&name, &stream, from);
                 };
                 if let Err(error) = thread::Builder::new().stack_size(STACK).spawn(run) {
                     eprintln!("no thread for a connection: {error}");
@@ -95,7 +95,7 @@ fn accept(listener: &TcpListener, name: &str, handler: Handler) {
     }
 }
 
-fn who(name: &str, mut stream: TcpStream, from: SocketAddr) -> io::Result<()> {
+fn who(name: &str, mut stream: &TcpStream, from: SocketAddr) -> io::Result<()> {
     stream.set_nodelay(true)?;
     let mut lines = BufReader::new(stream.try_clone()?);
     let mut line = String::new();
@@ -113,7 +113,7 @@ fn who(name: &str, mut stream: TcpStream, from: SocketAddr) -> io::Result<()> {
     Ok(())
 }
 
-fn echo(_: &str, mut stream: TcpStream, _: SocketAddr) -> io::Result<()> {
+fn echo(_: &str, mut stream: &TcpStream, _: SocketAddr) -> io::Result<()> {
     let mut buffer = [0; 16 * 1024];
     loop {
         match stream.read(&mut buffer)? {
@@ -126,22 +126,22 @@ fn echo(_: &str, mut stream: TcpStream, _: SocketAddr) -> io::Result<()> {
     stream.shutdown(Shutdown::Write)
 }
 
-fn sleep(_: &str, stream: TcpStream, _: SocketAddr) -> io::Result<()> {
+fn sleep(_: &str, _: &TcpStream, _: SocketAddr) -> io::Result<()> {
+    // The caller holds the connection open meanwhile.
     thread::sleep(Duration::from_secs(3600));
-    drop(stream);
     Ok(())
 }
 
-fn banner(name: &str, mut stream: TcpStream, from: SocketAddr) -> io::Result<()> {
+fn banner(name: &str, mut stream: &TcpStream, from: SocketAddr) -> io::Result<()> {
     stream.write_all(format!("220 {name} speaks first\n").as_bytes())?;
     who(name, stream, from)
 }
 
-fn reset(_: &str, stream: TcpStream, _: SocketAddr) -> io::Result<()> {
+fn reset(_: &str, stream: &TcpStream, _: SocketAddr) -> io::Result<()> {
     let mut line = String::new();
-    BufReader::new(&stream).take(4096).read_line(&mut line)?;
+    BufReader::new(stream).take(4096).read_line(&mut line)?;
     // A zero linger time turns the close into a RST.
-    socket2::SockRef::from(&stream).set_linger(Some(Duration::ZERO))
+    socket2::SockRef::from(stream).set_linger(Some(Duration::ZERO))
 }
 
 fn datagrams(socket: &UdpSocket, name: &str) {
