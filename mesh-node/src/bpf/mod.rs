@@ -1,1 +1,22 @@
-//! bpf
+//! The kernel data path as the daemon sees it; the only user of aya.
+//!
+//! [`intent`] says in domain terms what the kernel should do, [`lower`] turns it into map rows (pure), [`reconcile`]
+//! makes the maps equal to the rows (idempotent, referents first), [`datapath`] owns the loaded programs, [`sockmeta`]
+//! asks the kernel about single sockets. Deliberately absent: deciding what the intent is, which is `plan`'s part.
+
+pub mod counters;
+pub mod datapath;
+pub mod events;
+pub mod intent;
+pub mod lower;
+pub mod ops;
+mod pins;
+pub mod reconcile;
+pub mod sockmeta;
+mod sys;
+
+pub use datapath::{BpfError, Datapath, LoadOptions};
+pub use intent::{Backend, CapturedPod, Destination, Frontend, Intent, Verdict};
+pub use mesh_common::code::{Counter, DenyReason};
+pub use reconcile::{ReconcileError, Report};
+pub use sockmeta::SocketMeta;

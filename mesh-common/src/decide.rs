@@ -1,0 +1,305 @@
+//! The pure capture decision: what follows from what the map look-ups returned.
+//!
+//! Everything is `inline(always)` and free of panics, for the verifier's sake. Absent: the look-ups themselves.
+
+use crate::code::{counter, deny, inbound, port, proto, verdict};
+use crate::net::{Endpoint, Ip, NetPort};
+use crate::value;
+
+/// What becomes of a connect or of a datagram.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outbound {
+    /// Untouched.
+    Pass,
+    /// To a backend of the set that the frontend names.
+    Balance,
+    /// To the daemon's listener in the pod.
+    Proxy(Endpoint),
+    /// Refused, with a `code::deny`.
+    Deny(u8),
+}
+
+/// Whether the pod dials itself, which is never captured.
+#[inline(always)]
+pub fn dials_itself(pod: &value::Pod, dst: &Ip) -> bool {
+    dst.same(&pod.addr_v4) || dst.same(&pod.addr_v6)
+}
+
+/// The decision for a destination that is a service port.
+#[inline(always)]
+pub fn frontend(pod: &value::Pod, dst: &Ip, ip_proto: u8, frontend: &value::Frontend) -> Outbound {
+    match frontend.verdict {
+        verdict::DIRECT if frontend.count == 0 => Outbound::Deny(deny::NO_ENDPOINTS),
+        verdict::DIRECT => Outbound::Balance,
+        verdict::PROXY if ip_proto != proto::TCP => Outbound::Deny(deny::UDP_NOT_PROXIED),
+        verdict::PROXY => proxy(pod, dst),
+        verdict::DENY => Outbound::Deny(frontend.reason),
+        _ => Outbound::Deny(deny::BAD_VERDICT),
+    }
+}
+
+/// The decision for a destination that is a mesh pod's own address. UDP is not looked up there at all.
+#[inline(always)]
+pub fn destination(pod: &value::Pod, dst: &Ip, destination: &value::Destination) -> Outbound {
+    match destination.verdict {
+        verdict::DIRECT => Outbound::Pass,
+        verdict::PROXY => proxy(pod, dst),
+        verdict::DENY => Outbound::Deny(destination.reason),
+        _ => Outbound::Deny(deny::BAD_VERDICT),
+    }
+}
+
+/// The daemon's listener of the destination's family. A pod without one must not get past the proxy.
+#[inline(always)]
+fn proxy(pod: &value::Pod, dst: &Ip) -> Outbound {
+    let (addr, port) =
+        if dst.is_v4() { (pod.addr_v4, pod.outbound_v4) } else { (pod.addr_v6, pod.outbound_v6) };
+    if port.is_some() {
+        Outbound::Proxy(Endpoint::new(addr, port))
+    } else {
+        Outbound::Deny(deny::NO_CAPTURE_ADDRESS)
+    }
+}
+
+/// The alias table's cell for a random number. `count` must not be 0.
+#[inline(always)]
+pub fn cell(random: u32, count: u32) -> u32 {
+    ((random as u64 * count as u64) >> 32) as u32
+}
+
+/// The slot that a second random number leads to from that cell.
+#[inline(always)]
+pub fn slot(draw: u32, cell: u32, backend: &value::Backend) -> u32 {
+    if draw <= backend.threshold { cell } else { backend.alias }
+}
+
+/// Whether session affinity still holds: the timeout counts from the last use.
+#[inline(always)]
+pub fn affinity_holds(entry: &value::Affinity, now_ns: u64, timeout_ns: u64) -> bool {
+    // Another CPU's clock may be slightly ahead.
+    now_ns.saturating_sub(entry.last_use_ns) <= timeout_ns
+}
+
+/// How long a probe's entry counts: longer than a retransmitted SYN, too short to guess a port.
+pub const PROBE_TTL_NS: u64 = 5_000_000_000;
+
+/// Whether a probe was announced just now.
+#[inline(always)]
+pub fn probe_holds(entry: &value::Probe, now_ns: u64) -> bool {
+    now_ns.saturating_sub(entry.seen_ns) <= PROBE_TTL_NS
+}
+
+/// What becomes of a TCP connection that arrives at a captured pod.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Inbound {
+    /// The kernel's usual look-up; a `code::counter`.
+    Pass(u32),
+    /// To the daemon's plaintext listener.
+    Steer,
+    /// Refused with an RST; a `code::deny`.
+    Drop(u8),
+    /// It depends on the probe and listener maps: ask them, then [`inbound_open`].
+    LookFurther,
+}
+
+/// The decision as far as addresses and ports tell it.
+#[inline(always)]
+pub fn inbound(pod: &value::Inbound, remote: &Ip, local: &Ip, local_port: u16) -> Inbound {
+    if remote.same(local) || remote.is_loopback() {
+        return Inbound::Pass(counter::INBOUND_LOCAL);
+    }
+    if local_port == port::INBOUND_HBONE {
+        return Inbound::Pass(counter::INBOUND_HBONE);
+    }
+    let outbound = if local.is_v4() { pod.outbound_v4 } else { pod.outbound_v6 };
+    if local_port == port::INBOUND_PLAIN || local_port == outbound.host() {
+        return Inbound::Drop(deny::CAPTURE_PORT);
+    }
+    Inbound::LookFurther
+}
+
+/// Whether plaintext to a port is refused: the port's own mode, else the pod's.
+#[inline(always)]
+pub fn strict(pod: &value::Inbound, port: Option<&value::InboundPort>) -> bool {
+    let flags = match port {
+        Some(port) => port.flags,
+        None => pod.flags,
+    };
+    flags & inbound::STRICT != 0
+}
+
+/// The rest of the decision. `probe` and `listens` come from the maps.
+#[inline(always)]
+pub fn inbound_open(probe: bool, listens: bool, strict: bool) -> Inbound {
+    if probe {
+        Inbound::Pass(counter::INBOUND_PROBE)
+    } else if listens {
+        Inbound::Steer
+    } else if strict {
+        Inbound::Drop(deny::CLOSED_PORT)
+    } else {
+        Inbound::Pass(counter::INBOUND_CLOSED)
+    }
+}
+
+/// What becomes of a connection that could not be steered since the daemon has no listener.
+#[inline(always)]
+pub fn inbound_unsteered(strict: bool) -> Inbound {
+    if strict { Inbound::Drop(deny::NO_DAEMON) } else { Inbound::Pass(counter::INBOUND_CLOSED) }
+}
+
+/// Bytes of app data that a TCP socket saw, out of the kernel's counts of sequence numbers, which include SYN and FIN.
+/// Returns (sent, received). `old_state` is the state that the socket leaves for CLOSE (`include/net/tcp_states.h`).
+/// Where it does not tell whether the peer's FIN came (FIN_WAIT2), the count of received bytes may be 1 too high.
+#[inline(always)]
+pub fn app_bytes(acked: u64, received: u64, old_state: u32) -> (u64, u64) {
+    const FIN_WAIT2: u32 = 5;
+    const CLOSE_WAIT: u32 = 8;
+    const LAST_ACK: u32 = 9;
+    const CLOSING: u32 = 11;
+    let our_fin = matches!(old_state, FIN_WAIT2 | LAST_ACK) as u64;
+    let peer_fin = matches!(old_state, CLOSE_WAIT | LAST_ACK | CLOSING) as u64;
+    (acked.saturating_sub(1 + our_fin), received.saturating_sub(peer_fin))
+}
+
+/// True for the daemon's outbound listener in this pod.
+#[inline(always)]
+pub fn is_outbound_listener(pod: &value::Pod, local: &Endpoint) -> bool {
+    let port = if local.addr.is_v4() { pod.outbound_v4 } else { pod.outbound_v6 };
+    port.is_some() && port.be == local.port.be
+}
+
+/// Host-order port of a listening socket that the daemon itself opens in a pod.
+#[inline(always)]
+pub fn is_capture_port(port: NetPort) -> bool {
+    let port = port.host();
+    port == port::INBOUND_PLAIN || port == port::INBOUND_HBONE
+}
+
+#[cfg(all(test, feature = "user"))]
+mod tests {
+    use super::*;
+    use crate::pod::Pod as _;
+    use std::net::IpAddr;
+
+    mod port {
+        pub(super) use crate::code::port::*;
+    }
+
+    fn ip(text: &str) -> Ip {
+        text.parse::<IpAddr>().unwrap().into()
+    }
+
+    fn pod() -> value::Pod {
+        value::Pod { addr_v4: ip("10.0.0.7"), outbound_v4: NetPort::new(40000), ..value::Pod::zeroed() }
+    }
+
+    fn service(verdict: u8, reason: u8, count: u32) -> value::Frontend {
+        value::Frontend { verdict, reason, count, ..value::Frontend::zeroed() }
+    }
+
+    #[test]
+    fn outbound_table() {
+        let (v4, v6) = (ip("10.96.0.1"), ip("fd00::1"));
+        let listener = Endpoint::new(ip("10.0.0.7"), NetPort::new(40000));
+        for (what, dst, ip_proto, frontend_value, expected) in [
+            ("direct", v4, proto::TCP, service(verdict::DIRECT, 0, 3), Outbound::Balance),
+            ("direct udp", v4, proto::UDP, service(verdict::DIRECT, 0, 3), Outbound::Balance),
+            (
+                "direct, empty",
+                v4,
+                proto::TCP,
+                service(verdict::DIRECT, 0, 0),
+                Outbound::Deny(deny::NO_ENDPOINTS),
+            ),
+            ("proxy", v4, proto::TCP, service(verdict::PROXY, 0, 0), Outbound::Proxy(listener)),
+            (
+                "proxy v6",
+                v6,
+                proto::TCP,
+                service(verdict::PROXY, 0, 0),
+                Outbound::Deny(deny::NO_CAPTURE_ADDRESS),
+            ),
+            (
+                "proxy udp",
+                v4,
+                proto::UDP,
+                service(verdict::PROXY, 0, 0),
+                Outbound::Deny(deny::UDP_NOT_PROXIED),
+            ),
+            ("deny", v4, proto::TCP, service(verdict::DENY, deny::POLICY, 0), Outbound::Deny(deny::POLICY)),
+            ("unknown", v4, proto::TCP, service(77, 0, 1), Outbound::Deny(deny::BAD_VERDICT)),
+        ] {
+            assert_eq!(frontend(&pod(), &dst, ip_proto, &frontend_value), expected, "{what}");
+        }
+        let direct = value::Destination { verdict: verdict::DIRECT, ..value::Destination::zeroed() };
+        assert_eq!(destination(&pod(), &v4, &direct), Outbound::Pass);
+        let zero = value::Destination::zeroed();
+        assert_eq!(
+            destination(&pod(), &v4, &zero),
+            Outbound::Deny(deny::BAD_VERDICT),
+            "no fail-open default"
+        );
+        assert!(dials_itself(&pod(), &ip("10.0.0.7")) && !dials_itself(&pod(), &v4));
+    }
+
+    #[test]
+    fn the_cell_covers_every_slot_and_never_more() {
+        for count in [1_u32, 2, 3, 7, 1000, u32::MAX] {
+            assert_eq!(cell(0, count), 0);
+            assert_eq!(cell(u32::MAX, count), count - 1);
+        }
+        let backend = value::Backend { threshold: 99, alias: 5, ..value::Backend::zeroed() };
+        assert_eq!((slot(99, 2, &backend), slot(100, 2, &backend)), (2, 5));
+        let always = value::Backend { threshold: u32::MAX, alias: 5, ..value::Backend::zeroed() };
+        assert_eq!(slot(u32::MAX, 2, &always), 2);
+    }
+
+    #[test]
+    fn affinity_and_probes_end() {
+        let entry = value::Affinity { last_use_ns: 1000, ..value::Affinity::zeroed() };
+        assert!(affinity_holds(&entry, 1500, 500) && !affinity_holds(&entry, 1501, 500));
+        assert!(affinity_holds(&entry, 900, 500), "a clock slightly behind");
+        let probe = value::Probe { seen_ns: 10 };
+        assert!(probe_holds(&probe, 10 + PROBE_TTL_NS) && !probe_holds(&probe, 11 + PROBE_TTL_NS));
+    }
+
+    #[test]
+    fn inbound_table() {
+        let target = value::Inbound { outbound_v4: NetPort::new(40000), ..value::Inbound::zeroed() };
+        let (own, peer) = (ip("10.0.0.7"), ip("10.0.0.8"));
+        for (what, remote, port, expected) in [
+            ("itself", own, 80, Inbound::Pass(counter::INBOUND_LOCAL)),
+            ("loopback", ip("127.0.0.1"), 80, Inbound::Pass(counter::INBOUND_LOCAL)),
+            ("hbone", peer, port::INBOUND_HBONE, Inbound::Pass(counter::INBOUND_HBONE)),
+            ("plain capture port", peer, port::INBOUND_PLAIN, Inbound::Drop(deny::CAPTURE_PORT)),
+            ("outbound capture port", peer, 40000, Inbound::Drop(deny::CAPTURE_PORT)),
+            ("app", peer, 80, Inbound::LookFurther),
+        ] {
+            assert_eq!(inbound(&target, &remote, &own, port), expected, "{what}");
+        }
+        let strict_pod = value::Inbound { flags: inbound::STRICT, ..target };
+        let open = value::InboundPort { flags: 0 };
+        let closed = value::InboundPort { flags: inbound::STRICT };
+        assert!(strict(&strict_pod, None) && !strict(&strict_pod, Some(&open)));
+        assert!(!strict(&target, None) && strict(&target, Some(&closed)));
+        for (probe, listens, strict, expected) in [
+            (true, true, true, Inbound::Pass(counter::INBOUND_PROBE)),
+            (false, true, true, Inbound::Steer),
+            (false, true, false, Inbound::Steer),
+            (false, false, true, Inbound::Drop(deny::CLOSED_PORT)),
+            (false, false, false, Inbound::Pass(counter::INBOUND_CLOSED)),
+        ] {
+            assert_eq!(inbound_open(probe, listens, strict), expected);
+        }
+        assert_eq!(inbound_unsteered(true), Inbound::Drop(deny::NO_DAEMON));
+    }
+
+    #[test]
+    fn syn_and_fin_are_not_app_bytes() {
+        assert_eq!(app_bytes(102, 50, 5), (100, 50), "FIN_WAIT2: our FIN was acknowledged");
+        assert_eq!(app_bytes(102, 51, 9), (100, 50), "LAST_ACK: both");
+        assert_eq!(app_bytes(101, 50, 1), (100, 50), "ESTABLISHED: a reset");
+        assert_eq!(app_bytes(0, 0, 9), (0, 0));
+    }
+}

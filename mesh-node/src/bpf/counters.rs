@@ -1,0 +1,63 @@
+//! What the programs counted: outcomes per CPU, and the statistics of direct connections.
+
+use super::sys::Map;
+use aya::maps::{MapData, MapError, PerCpuArray};
+use mesh_common::{code::Counter, key, pod::Pod as _, value};
+use std::{io, net::SocketAddr};
+
+/// One row of the statistics of direct (in-kernel) connections.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DirectStat {
+    /// The client pod, by its network namespace's cookie.
+    pub src_cookie: u64,
+    /// The service address that the client dialled.
+    pub vip: SocketAddr,
+    /// The backend that it got.
+    pub backend: SocketAddr,
+    /// Connections established since the programs were loaded.
+    pub opened: u64,
+    /// Connections closed since then.
+    pub closed: u64,
+    /// Bytes from the client to the backend, of closed connections.
+    pub sent_bytes: u64,
+    /// Bytes from the backend to the client, of closed connections.
+    pub received_bytes: u64,
+}
+
+/// The sums over all CPUs.
+pub(super) fn counters(map: &PerCpuArray<MapData, u64>) -> Result<Vec<(Counter, u64)>, MapError> {
+    Counter::ALL
+        .iter()
+        .map(|counter| {
+            Ok((*counter, map.get(&counter.code(), 0)?.iter().fold(0_u64, |sum, n| sum.wrapping_add(*n))))
+        })
+        .collect()
+}
+
+/// Every row. The walk may miss rows that appear meanwhile, and a row that vanishes ends it early only if it was the
+/// one just read; the next reading has them all.
+pub(super) fn direct_stats(map: &Map) -> io::Result<Vec<DirectStat>> {
+    let mut rows = Vec::new();
+    let mut bytes = vec![0; map.value_size()];
+    let mut next = map.next_key(None)?;
+    // The bound ends a walk that the kernel restarts over and over because of concurrent deletions.
+    for _ in 0..2 * mesh_common::map::entries::DIRECT_STATS {
+        let Some(raw) = next else { break };
+        if map.lookup(&raw, &mut bytes)?
+            && let (Some(key), Some(value)) =
+                (key::Direct::from_bytes(&raw), value::Direct::from_bytes(&bytes))
+        {
+            rows.push(DirectStat {
+                src_cookie: key.cookie,
+                vip: key.service.into(),
+                backend: key.backend.into(),
+                opened: value.opened,
+                closed: value.closed,
+                sent_bytes: value.sent,
+                received_bytes: value.received,
+            });
+        }
+        next = map.next_key(Some(&raw))?;
+    }
+    Ok(rows)
+}

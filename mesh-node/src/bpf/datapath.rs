@@ -1,0 +1,599 @@
+//! The loaded programs and their maps.
+//!
+//! [`Datapath::load`] attaches the cgroup programs; a pod is captured by [`Datapath::apply`] (outbound, from its
+//! next connect) and [`Datapath::attach_inbound`]. The order for a new pod: `apply` with the pod in the intent,
+//! `set_inbound_listener`, `sync_listeners`, `attach_inbound`. Deliberately absent: the daemon's heartbeat, taking
+//! over a predecessor's programs.
+
+use super::{
+    counters::{self, DirectStat},
+    events::DenyEvents,
+    intent::Intent,
+    lower::lower,
+    ops::{MapOps, Table},
+    pins::{PinError, Pins},
+    reconcile::{ReconcileError, Reconciler, Report},
+    sockmeta::SocketMeta,
+    sys,
+};
+use aya::{
+    Ebpf, EbpfError, EbpfLoader,
+    maps::{Map, MapData, MapError, PerCpuArray, RingBuf},
+    pin::PinError as AyaPinError,
+    programs::{
+        CgroupAttachMode, CgroupSockAddr, ProgramError, SkLookup, SockOps,
+        links::{FdLink, LinkError, PinnedLink},
+    },
+};
+use mesh_common::{
+    ABI_VERSION,
+    code::Counter,
+    key, map,
+    net::{Endpoint, Ip, NetPort},
+    pod::Pod as _,
+    value,
+};
+use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, statfs};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs::{self, File},
+    future::Future,
+    io,
+    net::{IpAddr, SocketAddr},
+    os::{
+        fd::{AsRawFd as _, BorrowedFd},
+        unix::fs::MetadataExt as _,
+    },
+    path::{Path, PathBuf},
+    pin::Pin,
+    sync::Arc,
+};
+
+/// The object that the build script made.
+static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/mesh-ebpf.o"));
+
+/// The cgroup programs by their symbols; each name is also the name of its link's pin.
+const SOCK_ADDR_PROGRAMS: [&str; 8] =
+    ["connect4", "connect6", "sendmsg4", "sendmsg6", "recvmsg4", "recvmsg6", "getpeername4", "getpeername6"];
+
+const SOCK_OPS_PROGRAM: &str = "sock_ops";
+const SK_LOOKUP_PROGRAM: &str = "inbound";
+
+/// The inode number of the root of a cgroup2 hierarchy (`kernel/cgroup/cgroup.c`).
+const CGROUP_ROOT_INODE: u64 = 1;
+
+/// Where the programs are attached and whom they spare.
+#[derive(Clone, Debug)]
+pub struct LoadOptions {
+    /// The cgroup (v2) whose processes are captured: the root, or a subtree.
+    pub cgroup_root: PathBuf,
+    /// Folder for the pins, on a bpffs; one is mounted at its parent if there is none.
+    pub pin_dir: PathBuf,
+    /// The daemon's own cgroup, under `cgroup_root`; its sockets are never captured.
+    pub daemon_cgroup: PathBuf,
+    /// The cgroup above all pods (for example `kubepods.slice`). Host processes outside it are probes; without it no
+    /// connection is exempted as a probe.
+    pub pods_cgroup: Option<PathBuf>,
+    /// Cookie of the network namespace that probes come from.
+    pub host_netns_cookie: u64,
+}
+
+/// Why the data path cannot be loaded or changed.
+#[derive(Debug, thiserror::Error)]
+pub enum BpfError {
+    /// The pin folder.
+    #[error(transparent)]
+    Pins(#[from] PinError),
+    /// The object was refused.
+    #[error(
+        "cannot load the BPF object; mesh-node needs CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON, and Linux 5.18 or later"
+    )]
+    Load(#[source] Box<EbpfError>),
+    /// A program was refused or could not be attached.
+    #[error("cannot load or attach the BPF program {program}")]
+    Program {
+        /// Its symbol.
+        program: String,
+        /// Why; its text carries the verifier's log.
+        #[source]
+        source: Box<ProgramError>,
+    },
+    /// A link could not be pinned.
+    #[error("cannot pin {path}")]
+    Pin {
+        /// The pin's path.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: AyaPinError,
+    },
+    /// A pin could not be removed.
+    #[error("cannot remove the pin {path}")]
+    Unpin {
+        /// The pin's path.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// A link is not of the form that can be pinned.
+    #[error("the kernel gave no link for {program}; mesh-node needs Linux 5.18 or later")]
+    Link {
+        /// The program's symbol.
+        program: String,
+        /// Why.
+        #[source]
+        source: LinkError,
+    },
+    /// The object lacks a map or program that this version expects.
+    #[error("the BPF object has no {what} {name}: it is of another build than the daemon")]
+    Missing {
+        /// "map" or "program".
+        what: &'static str,
+        /// The name.
+        name: String,
+    },
+    /// A map has another layout than the daemon's types.
+    #[error(
+        "the BPF map {name} has keys of {key} and values of {value} bytes, but {expected:?} are expected: the object is of another build than the daemon"
+    )]
+    Layout {
+        /// The map.
+        name: &'static str,
+        /// Its key size.
+        key: usize,
+        /// Its value size.
+        value: usize,
+        /// What the daemon's types have.
+        expected: (usize, usize),
+    },
+    /// A map could not be opened.
+    #[error("cannot use the BPF map {name}")]
+    Map {
+        /// The map.
+        name: &'static str,
+        /// Why.
+        #[source]
+        source: Box<MapError>,
+    },
+    /// A map row could not be read or written.
+    #[error("cannot access a row of the BPF map {name}")]
+    Row {
+        /// The map.
+        name: &'static str,
+        /// The kernel's answer.
+        #[source]
+        source: io::Error,
+    },
+    /// A cgroup folder is not usable.
+    #[error(
+        "cannot use the cgroup {path}: it has to be a folder of a cgroup2 file system whose root is visible"
+    )]
+    Cgroup {
+        /// The folder.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The maps could not be made equal to the intent.
+    #[error(transparent)]
+    Reconcile(#[from] ReconcileError),
+}
+
+/// The maps that the reconciler writes.
+#[derive(Debug)]
+struct KernelMaps([sys::Map; Table::ALL.len()]);
+
+impl MapOps for KernelMaps {
+    fn rows(&mut self, table: Table) -> io::Result<Vec<(Vec<u8>, Vec<u8>)>> {
+        rows(&self.0[table.index()])
+    }
+
+    fn put(&mut self, table: Table, key: &[u8], value: &[u8]) -> io::Result<()> {
+        self.0[table.index()].update(key, value)
+    }
+
+    fn remove(&mut self, table: Table, key: &[u8]) -> io::Result<()> {
+        self.0[table.index()].delete(key).map(drop)
+    }
+}
+
+/// Every row of a map that nobody else removes rows from.
+fn rows(map: &sys::Map) -> io::Result<Vec<(Vec<u8>, Vec<u8>)>> {
+    let mut rows = Vec::new();
+    let mut next = map.next_key(None)?;
+    while let Some(key) = next {
+        let mut value = vec![0; map.value_size()];
+        let found = map.lookup(&key, &mut value)?;
+        next = map.next_key(Some(&key))?;
+        if found {
+            rows.push((key, value));
+        }
+    }
+    Ok(rows)
+}
+
+/// A future that forwards the programs' log lines to `log`'s logger until it is dropped.
+pub type LogPump = Pin<Box<dyn Future<Output = io::Result<()>> + Send>>;
+
+/// The loaded data path. Dropping it leaves the pins, and so the capture, in force; [`Datapath::unload`] ends it.
+pub struct Datapath {
+    ebpf: Ebpf,
+    reconciler: Reconciler<KernelMaps>,
+    pins: Pins,
+    inbound_links: BTreeMap<u64, PinnedLink>,
+    inbound_sockets: sys::Map,
+    listeners: sys::Map,
+    old_listeners: sys::Map,
+    config_map: sys::Map,
+    config: value::Config,
+    counters: PerCpuArray<MapData, u64>,
+    direct_stats: sys::Map,
+    sockets: SocketMeta,
+    events: Option<DenyEvents>,
+    logs: Option<LogPump>,
+}
+
+impl Datapath {
+    /// Loads, attaches and pins everything, then removes the pins of a dead predecessor. Needs root's capabilities.
+    pub fn load(options: &LoadOptions) -> Result<Self, BpfError> {
+        let mut config = value::Config {
+            daemon_cgroup: cgroup_id(&options.daemon_cgroup)?,
+            host_netns: options.host_netns_cookie,
+            abi_version: ABI_VERSION,
+            ..value::Config::zeroed()
+        };
+        if let Some(pods) = &options.pods_cgroup {
+            config.pods_cgroup = cgroup_id(pods)?;
+            config.pods_level = cgroup_level(pods)?;
+        }
+        let root = File::open(&options.cgroup_root)
+            .map_err(|source| BpfError::Cgroup { path: options.cgroup_root.clone(), source })?;
+        let pins = Pins::open(&options.pin_dir)?;
+        let staging = pins.stage()?;
+        let mut ebpf = EbpfLoader::new().load(OBJECT).map_err(|error| BpfError::Load(Box::new(error)))?;
+
+        let mut maps = Maps { ebpf: &mut ebpf, staging: &staging };
+        let config_map = maps.bytes(map::CONFIG, 4, size_of::<value::Config>())?;
+        write_config(&config_map, &config)?;
+        let kernel_maps = KernelMaps(maps.tables()?);
+        let address = size_of::<Ip>();
+        let listener = (size_of::<key::Listener>(), size_of::<value::Listener>());
+        let endpoint = size_of::<Endpoint>();
+        let flow = size_of::<key::Flow>();
+        let inbound_sockets = maps.bytes(map::INBOUND_SOCKETS, address, size_of::<u32>())?;
+        let listeners = maps.bytes(map::LISTENERS, listener.0, listener.1)?;
+        let old_listeners = maps.bytes(map::OLD_LISTENERS, listener.0, listener.1)?;
+        let direct_stats =
+            maps.bytes(map::DIRECT_STATS, size_of::<key::Direct>(), size_of::<value::Direct>())?;
+        let orig_dst = maps.bytes(map::ORIG_DST, size_of::<u32>(), endpoint)?;
+        let client = maps.bytes(map::CLIENT, size_of::<u32>(), endpoint)?;
+        // Kept by the programs alone; only pinned and checked here.
+        maps.bytes(map::SOCKET_FLOW, size_of::<u32>(), size_of::<value::SocketFlow>())?;
+        maps.bytes(map::ORIG_DST_FLOWS, flow, endpoint)?;
+        maps.bytes(map::CLIENT_FLOWS, flow, endpoint)?;
+        maps.bytes(map::PROBE_FLOWS, size_of::<key::Probe>(), size_of::<value::Probe>())?;
+        maps.bytes(map::AFFINITY, size_of::<key::Affinity>(), size_of::<value::Affinity>())?;
+        maps.bytes(map::UDP_FLOWS, size_of::<key::Udp>(), endpoint)?;
+        maps.bytes(map::UDP_STICKY, size_of::<key::Udp>(), endpoint)?;
+        let counters = PerCpuArray::try_from(Map::PerCpuArray(maps.data(map::COUNTERS)?))
+            .map_err(|source| map_error(map::COUNTERS, source))?;
+        let events = RingBuf::try_from(Map::RingBuf(maps.data(map::EVENTS)?))
+            .map_err(|source| map_error(map::EVENTS, source))?;
+        let logs = log_pump(&mut ebpf);
+
+        let sk_lookup: &mut SkLookup = program(&mut ebpf, SK_LOOKUP_PROGRAM)?;
+        sk_lookup.load().map_err(|source| program_error(SK_LOOKUP_PROGRAM, source))?;
+        attach_cgroup_programs(&mut ebpf, &root, &staging)?;
+        pins.commit()?;
+
+        Ok(Self {
+            ebpf,
+            reconciler: Reconciler::new(kernel_maps),
+            pins,
+            inbound_links: BTreeMap::new(),
+            inbound_sockets,
+            listeners,
+            old_listeners,
+            config_map,
+            config,
+            counters,
+            direct_stats,
+            sockets: SocketMeta::new(Arc::new(orig_dst), Arc::new(client)),
+            events: Some(DenyEvents::new(events)),
+            logs,
+        })
+    }
+
+    /// Makes the kernel do what the intent says. On an error the kernel's state is consistent, though between the old
+    /// and the new one; the next call repairs it. Pods that leave the intent also lose their inbound part.
+    pub fn apply(&mut self, intent: &Intent) -> Result<Report, BpfError> {
+        let (state, issues) = lower(intent);
+        let gone: Vec<u64> = self
+            .inbound_links
+            .keys()
+            .filter(|cookie| !state.pods.contains_key(&key::Netns::new(**cookie)))
+            .copied()
+            .collect();
+        for cookie in gone {
+            self.detach_inbound(cookie)?;
+        }
+        let report = self.reconciler.apply(&state)?;
+        let captured = |key: &key::Listener| state.pods.contains_key(&key::Netns::new(key.cookie));
+        for (name, map) in [(map::LISTENERS, &self.listeners), (map::OLD_LISTENERS, &self.old_listeners)] {
+            remove_listeners(name, map, |key, _| !captured(key))?;
+        }
+        Ok(Report { issues, ..report })
+    }
+
+    /// Captures what arrives in a network namespace, as far as the intent names its addresses.
+    pub fn attach_inbound(&mut self, netns: BorrowedFd<'_>, cookie: u64) -> Result<(), BpfError> {
+        if self.inbound_links.contains_key(&cookie) {
+            return Ok(());
+        }
+        let path = self.pins.current().join(format!("inbound_{cookie}"));
+        let sk_lookup: &mut SkLookup = program(&mut self.ebpf, SK_LOOKUP_PROGRAM)?;
+        let link = sk_lookup
+            .attach(netns)
+            .and_then(|id| sk_lookup.take_link(id))
+            .map_err(|source| program_error(SK_LOOKUP_PROGRAM, source))?;
+        let pinned = FdLink::from(link).pin(&path).map_err(|source| BpfError::Pin { path, source })?;
+        self.inbound_links.insert(cookie, pinned);
+        Ok(())
+    }
+
+    /// Ends the inbound capture of a network namespace; established connections stay. No error if there was none.
+    pub fn detach_inbound(&mut self, cookie: u64) -> Result<(), BpfError> {
+        let Some(link) = self.inbound_links.remove(&cookie) else { return Ok(()) };
+        let path = self.pins.current().join(format!("inbound_{cookie}"));
+        link.unpin().map(drop).map_err(|source| BpfError::Unpin { path, source })
+    }
+
+    /// Names the socket (listening on port 15006 of `addr`) that plaintext to the pod's address is steered to. The
+    /// kernel forgets it when the socket closes.
+    pub fn set_inbound_listener(&mut self, addr: IpAddr, listener: BorrowedFd<'_>) -> Result<(), BpfError> {
+        let fd = listener.as_raw_fd().unsigned_abs();
+        self.inbound_sockets
+            .update(Ip::from(addr).bytes(), fd.bytes())
+            .map_err(row_error(map::INBOUND_SOCKETS))
+    }
+
+    /// Tells the kernel which addresses the sockets of a pod listen on, for those that are older than the capture (it
+    /// sees newer ones itself). `listening` is the whole list; to be called once after the pod's first
+    /// [`Datapath::apply`] and then every few seconds, since the end of an old listener is not seen otherwise.
+    pub fn sync_listeners(&mut self, cookie: u64, listening: &[SocketAddr]) -> Result<(), BpfError> {
+        let listening: BTreeSet<key::Listener> = listening
+            .iter()
+            .map(|addr| key::Listener::new(cookie, addr.ip().into(), NetPort::new(addr.port())))
+            .collect();
+        // Ports that came and went leave a row with count 0.
+        remove_listeners(map::LISTENERS, &self.listeners, |key, row| {
+            key.cookie == cookie && row.count == 0 && !listening.contains(key)
+        })?;
+        remove_listeners(map::OLD_LISTENERS, &self.old_listeners, |key, _| {
+            key.cookie == cookie && !listening.contains(key)
+        })?;
+        for key in listening {
+            let mut count = [0; size_of::<value::Listener>()];
+            let known = self.listeners.lookup(key.bytes(), &mut count).map_err(row_error(map::LISTENERS))?
+                && value::Listener::from_bytes(&count).is_some_and(|row| row.count > 0);
+            let old = &self.old_listeners;
+            if known {
+                old.delete(key.bytes()).map_err(row_error(map::OLD_LISTENERS))?;
+            } else {
+                let row = value::Listener { count: 1 };
+                old.update(key.bytes(), row.bytes()).map_err(row_error(map::OLD_LISTENERS))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Access to single sockets, for the threads that carry connections.
+    pub fn sockets(&self) -> SocketMeta {
+        self.sockets.clone()
+    }
+
+    /// The outcomes since the programs were loaded, summed over the CPUs.
+    pub fn counters(&self) -> Result<Vec<(Counter, u64)>, BpfError> {
+        counters::counters(&self.counters).map_err(|source| map_error(map::COUNTERS, source))
+    }
+
+    /// The statistics of direct connections since the programs were loaded.
+    pub fn direct_stats(&self) -> Result<Vec<DirectStat>, BpfError> {
+        counters::direct_stats(&self.direct_stats).map_err(row_error(map::DIRECT_STATS))
+    }
+
+    /// The reading end of the denials; `None` after the first call.
+    pub fn take_events(&mut self) -> Option<DenyEvents> {
+        self.events.take()
+    }
+
+    /// The forwarder of the programs' log lines, to be spawned; `None` after the first call.
+    pub fn take_logs(&mut self) -> Option<LogPump> {
+        self.logs.take()
+    }
+
+    /// Changes the level of the programs' log lines at run time: a `mesh_common::code::log_level`.
+    pub fn set_log_level(&mut self, level: u32) -> Result<(), BpfError> {
+        self.config.log_level = level;
+        write_config(&self.config_map, &self.config)
+    }
+
+    /// Ends the capture: detaches everything and removes the pins.
+    pub fn unload(mut self) -> Result<(), BpfError> {
+        let cookies: Vec<u64> = self.inbound_links.keys().copied().collect();
+        for cookie in cookies {
+            self.detach_inbound(cookie)?;
+        }
+        Ok(self.pins.clear()?)
+    }
+}
+
+/// Takes maps out of the loaded object, and pins and checks each.
+struct Maps<'a> {
+    ebpf: &'a mut Ebpf,
+    staging: &'a Path,
+}
+
+impl Maps<'_> {
+    fn data(&mut self, name: &'static str) -> Result<MapData, BpfError> {
+        let missing = || BpfError::Missing { what: "map", name: name.to_owned() };
+        let data = match self.ebpf.take_map(name).ok_or_else(missing)? {
+            Map::Array(data)
+            | Map::HashMap(data)
+            | Map::LruHashMap(data)
+            | Map::PerCpuArray(data)
+            | Map::RingBuf(data)
+            | Map::SkStorage(data)
+            | Map::SockHash(data) => data,
+            _ => return Err(missing()),
+        };
+        let path = self.staging.join(name);
+        data.pin(&path).map_err(|source| BpfError::Pin { path, source })?;
+        Ok(data)
+    }
+
+    /// A map handled as bytes, after its sizes were compared with those of the daemon's types.
+    fn bytes(&mut self, name: &'static str, key: usize, value: usize) -> Result<sys::Map, BpfError> {
+        let map = sys::Map::new(self.data(name)?).map_err(|source| map_error(name, source))?;
+        if (map.key_size(), map.value_size()) != (key, value) {
+            return Err(BpfError::Layout {
+                name,
+                key: map.key_size(),
+                value: map.value_size(),
+                expected: (key, value),
+            });
+        }
+        Ok(map)
+    }
+
+    /// The reconciler's tables, in the order of [`Table::ALL`].
+    fn tables(&mut self) -> Result<[sys::Map; Table::ALL.len()], BpfError> {
+        let mut table = |table: Table| {
+            let (key, value) = table.sizes();
+            self.bytes(table.name(), key, value)
+        };
+        let [a, b, c, d, e, f, g] = Table::ALL;
+        Ok([table(a)?, table(b)?, table(c)?, table(d)?, table(e)?, table(f)?, table(g)?])
+    }
+}
+
+/// Loads, attaches and pins the programs of the cgroup.
+fn attach_cgroup_programs(ebpf: &mut Ebpf, root: &File, staging: &Path) -> Result<(), BpfError> {
+    let pin = |name: &str, link: Result<FdLink, LinkError>| {
+        let link = link.map_err(|source| BpfError::Link { program: name.to_owned(), source })?;
+        let path = staging.join(name);
+        // The pin alone keeps the program attached.
+        link.pin(&path).map(drop).map_err(|source| BpfError::Pin { path, source })
+    };
+    // The kernel adds a link to the cgroup's others in any mode; Single is the mode without flags.
+    let mode = CgroupAttachMode::Single;
+    let sock_ops: &mut SockOps = program(ebpf, SOCK_OPS_PROGRAM)?;
+    let link = sock_ops
+        .load()
+        .and_then(|()| sock_ops.attach(root, mode))
+        .and_then(|id| sock_ops.take_link(id))
+        .map_err(|source| program_error(SOCK_OPS_PROGRAM, source))?;
+    pin(SOCK_OPS_PROGRAM, FdLink::try_from(link))?;
+    for name in SOCK_ADDR_PROGRAMS {
+        let sock_addr: &mut CgroupSockAddr = program(ebpf, name)?;
+        let link = sock_addr
+            .load()
+            .and_then(|()| sock_addr.attach(root, mode))
+            .and_then(|id| sock_addr.take_link(id))
+            .map_err(|source| program_error(name, source))?;
+        pin(name, FdLink::try_from(link))?;
+    }
+    Ok(())
+}
+
+fn program<'a, P>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut P, BpfError>
+where
+    &'a mut P: TryFrom<&'a mut aya::programs::Program, Error = ProgramError>,
+{
+    let missing = || BpfError::Missing { what: "program", name: name.to_owned() };
+    let program = ebpf.program_mut(name).ok_or_else(missing)?;
+    program.try_into().map_err(|source| program_error(name, source))
+}
+
+fn program_error(name: &str, source: ProgramError) -> BpfError {
+    BpfError::Program { program: name.to_owned(), source: Box::new(source) }
+}
+
+fn map_error(name: &'static str, source: MapError) -> BpfError {
+    BpfError::Map { name, source: Box::new(source) }
+}
+
+fn row_error(name: &'static str) -> impl Fn(io::Error) -> BpfError {
+    move |source| BpfError::Row { name, source }
+}
+
+fn write_config(map: &sys::Map, config: &value::Config) -> Result<(), BpfError> {
+    map.update(0_u32.bytes(), config.bytes()).map_err(row_error(map::CONFIG))
+}
+
+/// Removes the listener rows that `is_stale` picks.
+fn remove_listeners(
+    name: &'static str,
+    map: &sys::Map,
+    is_stale: impl Fn(&key::Listener, &value::Listener) -> bool,
+) -> Result<(), BpfError> {
+    for (raw, row) in rows(map).map_err(row_error(name))? {
+        if let (Some(key), Some(row)) = (key::Listener::from_bytes(&raw), value::Listener::from_bytes(&row))
+            && is_stale(&key, &row)
+        {
+            map.delete(&raw).map_err(row_error(name))?;
+        }
+    }
+    Ok(())
+}
+
+/// The forwarder of the programs' log lines. Doing without is better than not starting.
+fn log_pump(ebpf: &mut Ebpf) -> Option<LogPump> {
+    let logger = aya_log::EbpfLogger::init(ebpf)
+        .inspect_err(|error| tracing::warn!(%error, "no log lines from the BPF programs"))
+        .ok()?;
+    Some(Box::pin(async move {
+        let mut poll = sys::readable(logger)?;
+        loop {
+            let mut ready = poll.readable_mut().await?;
+            ready.get_inner_mut().flush();
+            ready.clear_ready();
+        }
+    }))
+}
+
+/// The id that `bpf_get_current_cgroup_id` gives: the folder's inode number.
+fn cgroup_id(path: &Path) -> Result<u64, BpfError> {
+    check_cgroup(path)
+        .and_then(|()| fs::metadata(path))
+        .map(|metadata| metadata.ino())
+        .map_err(|source| BpfError::Cgroup { path: path.to_owned(), source })
+}
+
+/// How deep the cgroup is below the hierarchy's root, which has inode 1.
+fn cgroup_level(path: &Path) -> Result<u32, BpfError> {
+    let walk = || {
+        let path = path.canonicalize()?;
+        let mut level = 0;
+        for ancestor in path.ancestors() {
+            check_cgroup(ancestor)?;
+            if fs::metadata(ancestor)?.ino() == CGROUP_ROOT_INODE {
+                return Ok(level);
+            }
+            level += 1;
+        }
+        Err(io::Error::from(io::ErrorKind::NotFound))
+    };
+    walk().map_err(|source| BpfError::Cgroup { path: path.to_owned(), source })
+}
+
+fn check_cgroup(path: &Path) -> io::Result<()> {
+    let kind = statfs(path)?.filesystem_type();
+    if kind == CGROUP2_SUPER_MAGIC {
+        Ok(())
+    } else {
+        Err(io::Error::other("it is not on a cgroup2 file system"))
+    }
+}
