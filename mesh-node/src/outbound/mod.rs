@@ -1,1 +1,2 @@
 //! outbound
+mod affinity;

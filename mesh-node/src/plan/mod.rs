@@ -1,1 +1,12 @@
-//! plan
+//! Pure decisions over the [`World`](crate::state::World): which endpoints a service has from here, what an outbound
+//! connection leads to, and what the kernel should hold.
+//!
+//! Deliberately absent: sockets, clocks and randomness (the caller picks), and any BPF type but the plain intent.
+
+mod endpoints;
+mod kernel;
+mod outbound;
+
+pub use endpoints::{Endpoint, NodeView, endpoints};
+pub use kernel::intent;
+pub use outbound::{HBONE_PORT, Plan, PlanError, PlanInput, Target, outbound};
