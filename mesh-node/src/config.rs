@@ -54,8 +54,12 @@ pub struct RunArgs {
     #[arg(long, env = "NODEMESH_POD_NAME")]
     pub pod_name: Option<String>,
     /// Namespaces whose pods start without waiting for the control plane to say whether they are in the mesh.
-    #[arg(long, env = "NODEMESH_EXEMPT_NAMESPACES", value_delimiter = ',',
-          default_value = "kube-system,nodemesh-system,istio-system")]
+    #[arg(
+        long,
+        env = "NODEMESH_EXEMPT_NAMESPACES",
+        value_delimiter = ',',
+        default_value = "kube-system,nodemesh-system,istio-system"
+    )]
     pub exempt_namespaces: Vec<String>,
     /// Worker threads for traffic; one per core when not given.
     #[arg(long, env = "NODEMESH_WORKERS")]
@@ -116,7 +120,12 @@ impl Config {
                 host.trim_matches(['[', ']']).to_owned()
             }
             _ => {
-                wrong("xds-address", &args.xds_address, "is not HOST:PORT", "give for example 10.0.0.5:15012");
+                wrong(
+                    "xds-address",
+                    &args.xds_address,
+                    "is not HOST:PORT",
+                    "give for example 10.0.0.5:15012",
+                );
                 String::new()
             }
         };
@@ -131,7 +140,12 @@ impl Config {
         let cgroup_root = args.cgroup_root.clone().or_else(find_cgroup2);
         if cgroup_root.as_ref().is_none_or(|dir| !dir.join("cgroup.procs").exists()) {
             let shown = args.cgroup_root.as_ref().map_or(String::new(), |d| d.display().to_string());
-            wrong("cgroup-root", &shown, "is not a cgroup2 directory", "mount cgroup2 or name its mount point");
+            wrong(
+                "cgroup-root",
+                &shown,
+                "is not a cgroup2 directory",
+                "mount cgroup2 or name its mount point",
+            );
         }
         if let Some(dir) = args.pods_cgroup.as_ref().filter(|dir| !dir.join("cgroup.procs").exists()) {
             let remedy = "name the parent of the pods' cgroups, for example /sys/fs/cgroup/kubepods.slice";
@@ -204,10 +218,19 @@ mod tests {
         ]);
         let errors = Config::validate(args.run).unwrap_err();
         let text: Vec<String> = errors.iter().map(ToString::to_string).collect();
-        for flag in
-            ["node-name", "xds-address", "admin-addr", "trust-domain", "cgroup-root", "workers", "cert-ttl-seconds"]
-        {
-            assert!(text.iter().any(|t| t.starts_with(&format!("--{flag} "))), "{flag} is missing in {text:?}");
+        for flag in [
+            "node-name",
+            "xds-address",
+            "admin-addr",
+            "trust-domain",
+            "cgroup-root",
+            "workers",
+            "cert-ttl-seconds",
+        ] {
+            assert!(
+                text.iter().any(|t| t.starts_with(&format!("--{flag} "))),
+                "{flag} is missing in {text:?}"
+            );
         }
     }
 

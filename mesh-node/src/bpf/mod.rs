@@ -15,7 +15,9 @@ pub mod reconcile;
 pub mod sockmeta;
 mod sys;
 
+pub use counters::DirectStat;
 pub use datapath::{BpfError, Datapath, LoadOptions};
+pub use events::{DenyEvent, DenyEvents};
 pub use intent::{Backend, CapturedPod, Destination, Frontend, Intent, Verdict};
 pub use mesh_common::code::{Counter, DenyReason};
 pub use reconcile::{ReconcileError, Report};

@@ -37,8 +37,22 @@ pub enum Security {
     Unknown,
     /// Plaintext on the wire.
     None,
-    /// Mutual TLS, or pod to pod inside one kernel with identities that the kernel knows.
+    /// Mutual TLS.
     MutualTls,
+    /// Pod to pod on one node: the kernel vouches for both identities, and no byte leaves it, so there is no TLS.
+    NodeLocal,
+}
+
+impl Security {
+    /// The value of `connection_security_policy`.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Unknown => "unknown",
+            Self::None => "none",
+            Self::MutualTls => "mutual_tls",
+            Self::NodeLocal => "node_local",
+        }
+    }
 }
 
 /// Labels of one end of a connection. An empty value shows as `unknown`.
@@ -111,11 +125,7 @@ impl EncodeLabelSet for TcpLabels {
             Reporter::Source => "source",
             Reporter::Destination => "destination",
         };
-        let security = match self.security {
-            Security::Unknown => "unknown",
-            Security::None => "none",
-            Security::MutualTls => "mutual_tls",
-        };
+        let security = self.security.as_str();
         let labels: [(&str, &str); 23] = [
             ("reporter", reporter),
             ("source_workload", &s.workload),
@@ -163,6 +173,13 @@ impl TcpSeries {
     fn new(now: u64) -> Self {
         let zero = || AtomicU64::new(0);
         Self { opened: zero(), closed: zero(), sent: zero(), received: zero(), used: AtomicU64::new(now) }
+    }
+
+    /// Adds what the kernel counted of direct connections.
+    pub fn add(&self, opened: u64, closed: u64, sent: u64, received: u64) {
+        self.opened.fetch_add(opened, Relaxed);
+        self.closed.fetch_add(closed, Relaxed);
+        self.bytes(sent, received);
     }
 
     /// Counts an opened connection.

@@ -18,4 +18,4 @@ mod sys;
 pub mod unix;
 
 pub use ns::{NetNs, NetNsError, NsId};
-pub use socket::{Dialing, accept_from};
+pub use socket::{Dialing, accept_from, reset_on_close};

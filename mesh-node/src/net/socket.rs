@@ -79,6 +79,12 @@ impl NetNs {
     }
 }
 
+/// Makes the close of a connection a reset (SO_LINGER with no time, socket(7)), as from a closed port.
+pub fn reset_on_close(stream: &TcpStream) {
+    // A socket that is gone already cannot be told, nor needs to be.
+    let _ = socket2::SockRef::from(stream).set_linger(Some(Duration::ZERO));
+}
+
 /// A connection being made; see [`NetNs::dial`].
 pub struct Dialing(Pin<Box<dyn Future<Output = io::Result<TcpStream>> + Send>>);
 

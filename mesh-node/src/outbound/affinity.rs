@@ -33,7 +33,8 @@ impl Affinity {
         let Some(affinity) = service.session_affinity else { return weighted(all) };
         let mut table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
         let key = (client, service.key(), port);
-        let known = table.get(&key).filter(|(_, used)| now.saturating_duration_since(*used) < affinity.timeout);
+        let known =
+            table.get(&key).filter(|(_, used)| now.saturating_duration_since(*used) < affinity.timeout);
         let index = known.and_then(|(addr, _)| all.iter().position(|e| e.addr == *addr));
         let index = index.unwrap_or_else(|| weighted(all));
         if table.len() >= CAPACITY && !table.contains_key(&key) {

@@ -1,2 +1,346 @@
-//! outbound
+//! Connections of local pods that the kernel redirected to the daemon.
+//!
+//! Accept, original destination, plan (pure), dial, copy, one record. A destination that cannot be reached is replaced
+//! by another endpoint of the same service as long as nothing was forwarded. Deliberately absent: policy (it is the
+//! receiving side's) and L7.
+
 mod affinity;
+
+pub use affinity::Affinity;
+
+use crate::{
+    bpf::SocketMeta,
+    drain::Drain,
+    hbone::{
+        Baggage, Connect, Dialer, Forwarded, HboneError, HboneStream, Pool, PoolKey, Target as HboneTarget,
+    },
+    inbound::{Denied, Inbound, Permit},
+    l4::{ByteCounters, Endpoint, HboneEnd, Stop, TcpEnd, copy},
+    local::{LocalPod, SharedLocals},
+    metrics::{Direction, Metrics, Security},
+    net,
+    outcome::{Connection, End, Ends, chain},
+    plan::{NodeView, Plan, PlanError, PlanInput, Target, outbound},
+    state::Store,
+};
+use arc_swap::ArcSwap;
+use mesh_xds::model::{SpiffeId, Workload, WorkloadKind};
+use std::{
+    collections::BTreeSet,
+    io,
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+    time::{Duration, Instant},
+};
+use tokio::net::TcpStream;
+
+/// Endpoints tried for one connection.
+const ATTEMPTS: usize = 3;
+/// How long a plain connection may take to be established.
+const DIAL_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long a connection waits for the first certificate of its pod.
+const CERT_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// What serving outbound connections needs.
+#[derive(Clone)]
+pub struct Outbound {
+    /// The world.
+    pub store: Arc<Store>,
+    /// The captured pods.
+    pub locals: SharedLocals,
+    /// Where this node is.
+    pub node: Arc<ArcSwap<NodeView>>,
+    /// Metrics.
+    pub metrics: Arc<Metrics>,
+    /// Reads original destinations.
+    pub meta: SocketMeta,
+    /// Session affinity.
+    pub affinity: Arc<Affinity>,
+    /// For destinations on this node.
+    pub inbound: Inbound,
+    /// The end of the daemon.
+    pub drain: Drain,
+}
+
+/// Why an outbound connection was refused.
+#[derive(Debug, thiserror::Error)]
+enum OutboundError {
+    #[error("the kernel knows no original destination: somebody dialled the mesh's own port")]
+    NoOriginalDestination(#[source] Option<io::Error>),
+    #[error("the pod has as many connections as it may (--max-connections-per-pod)")]
+    Overloaded,
+    #[error(transparent)]
+    Plan(#[from] PlanError),
+    #[error("cannot connect to {to}")]
+    Dial {
+        to: SocketAddr,
+        #[source]
+        source: io::Error,
+    },
+    #[error("this pod has no valid certificate; see `mesh-node status`")]
+    NoCertificate,
+    #[error(transparent)]
+    Denied(#[from] Denied),
+    #[error(transparent)]
+    Hbone(#[from] HboneError),
+}
+
+impl OutboundError {
+    fn retryable(&self) -> bool {
+        match self {
+            Self::Dial { .. } => true,
+            Self::Hbone(error) => error.retryable(),
+            _ => false,
+        }
+    }
+
+    fn end(&self) -> End {
+        let (flags, reason) = match self {
+            Self::NoOriginalDestination(_) => ("DPE", "no_original_destination"),
+            Self::Overloaded => ("UO", "overloaded"),
+            Self::Plan(PlanError::NoEndpoint { .. }) => ("UH", "no_endpoints"),
+            Self::Plan(PlanError::NoSuchPort { .. }) => ("NR", "no_such_port"),
+            Self::Plan(PlanError::Identity { .. }) => ("NR", "bad_identity"),
+            Self::Dial { .. } => ("UF", "dial"),
+            Self::NoCertificate => ("UF", "no_certificate"),
+            Self::Denied(_) => ("RBAC", "denied"),
+            Self::Hbone(error @ HboneError::Status { status: 401, .. }) => ("RBAC", error.label()),
+            Self::Hbone(error) => ("UF", error.label()),
+        };
+        End::refused(flags, reason, chain(self))
+    }
+}
+
+/// An upstream that is ready to be spliced.
+enum Upstream {
+    Plain(TcpStream),
+    Local(TcpStream, Permit),
+    Hbone(HboneStream),
+}
+
+/// Dials from inside the source pod's network namespace, so that network policies and the peer see the pod.
+#[derive(Clone)]
+struct PodDialer {
+    pod: Arc<LocalPod>,
+    bind: Option<IpAddr>,
+}
+
+impl Dialer for PodDialer {
+    async fn dial(&self, to: SocketAddr) -> io::Result<TcpStream> {
+        self.pod.netns.dial(self.bind, to, |_| Ok(()))?.await
+    }
+}
+
+impl Outbound {
+    /// Serves one accepted connection of `pod`; `pool` is the worker's.
+    pub async fn serve(&self, pool: &Pool, pod: Arc<LocalPod>, stream: TcpStream, client: SocketAddr) {
+        let world = self.store.world();
+        let ends = Ends {
+            client: Some(client),
+            source: world.workload_by_pod(&pod.name).cloned(),
+            source_id: Some(pod.identity.clone()),
+            ..Ends::default()
+        };
+        drop(world);
+        let mut record = Connection::begin(self.metrics.clone(), Direction::Outbound, ends);
+        let slot = pod.slot();
+        let upstream = match &slot {
+            Some(_) => self.upstream(&mut record, pool, &pod, &stream, client).await,
+            None => Err(OutboundError::Overloaded),
+        };
+        match upstream {
+            Ok(upstream) => {
+                record.opened();
+                let (end, sent, received) = self.splice(TcpEnd::new(stream), upstream).await;
+                record.finish(&end, sent, received);
+            }
+            Err(error) => {
+                net::reset_on_close(&stream);
+                record.finish(&error.end(), 0, 0);
+            }
+        }
+    }
+
+    async fn upstream(
+        &self,
+        record: &mut Connection,
+        pool: &Pool,
+        pod: &Arc<LocalPod>,
+        stream: &TcpStream,
+        client: SocketAddr,
+    ) -> Result<Upstream, OutboundError> {
+        use std::os::fd::AsFd;
+        let dst = match self.meta.original_dst(stream.as_fd()) {
+            Ok(Some(dst)) => dst,
+            Ok(None) => return Err(OutboundError::NoOriginalDestination(None)),
+            Err(error) => return Err(OutboundError::NoOriginalDestination(Some(error))),
+        };
+        record.ends.server = Some(dst);
+        let mut failed = vec![];
+        loop {
+            let target = self.plan(pod, dst, &failed)?;
+            record.ends.server = Some(target.addr);
+            record.ends.service.clone_from(&target.service);
+            record.ends.destination.clone_from(&target.workload);
+            match self.reach(record, pool, pod, client, &target).await {
+                Err(error)
+                    if error.retryable() && target.service.is_some() && failed.len() + 1 < ATTEMPTS =>
+                {
+                    tracing::debug!(to = %target.addr, error = %chain(&error), "trying another endpoint");
+                    failed.push(target.addr);
+                }
+                other => return other,
+            }
+        }
+    }
+
+    fn plan(&self, pod: &LocalPod, dst: SocketAddr, excluded: &[SocketAddr]) -> Result<Target, PlanError> {
+        let (world, node, locals) = (self.store.world(), self.node.load(), self.locals.load());
+        let input = PlanInput {
+            world: &world,
+            node: &node,
+            dst,
+            is_local: &|ip| locals.by_addr(ip).is_some(),
+            excluded,
+        };
+        let now = Instant::now();
+        outbound(&input, |service, all| self.affinity.pick(pod.cookie, service, dst.port(), all, now))
+    }
+
+    async fn reach(
+        &self,
+        record: &mut Connection,
+        pool: &Pool,
+        pod: &Arc<LocalPod>,
+        client: SocketAddr,
+        target: &Target,
+    ) -> Result<Upstream, OutboundError> {
+        record.ends.destination_id = None;
+        match &target.plan {
+            Plan::Plain => {
+                record.ends.security = Security::None;
+                let dialler = PodDialer { pod: pod.clone(), bind: source_ip(client, target.addr) };
+                let dial = tokio::time::timeout(DIAL_TIMEOUT, dialler.dial(target.addr)).await;
+                let dialled = dial.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()));
+                dialled.map(Upstream::Plain).map_err(|source| OutboundError::Dial { to: target.addr, source })
+            }
+            Plan::Local { .. } => self.reach_local(record, client, target).await,
+            Plan::Hbone { addr, identities, workload } => {
+                record.ends.security = Security::MutualTls;
+                record.ends.destination_id = workload.identity().ok();
+                let stream =
+                    self.reach_hbone(record, pool, pod, client, target, *addr, identities.clone()).await?;
+                record.ends.destination_id = Some(stream.peer.id.clone());
+                Ok(Upstream::Hbone(stream))
+            }
+        }
+    }
+
+    /// A pod of this node: the same gate as for a tunnel, without one. Both identities are the kernel's word (the
+    /// netns cookie), which is at least as good as a certificate.
+    async fn reach_local(
+        &self,
+        record: &mut Connection,
+        client: SocketAddr,
+        target: &Target,
+    ) -> Result<Upstream, OutboundError> {
+        let unreachable = |source| OutboundError::Dial { to: target.addr, source };
+        let destination = self.locals.load().by_addr(&target.addr.ip()).cloned();
+        let Some(destination) = destination else {
+            return Err(unreachable(io::ErrorKind::HostUnreachable.into()));
+        };
+        record.ends.security = Security::NodeLocal;
+        record.ends.destination_id = Some(destination.identity.clone());
+        let source = record.ends.source_id.clone();
+        let permit =
+            Permit::check(&destination, source.as_ref(), client, target.addr).inspect_err(|denied| {
+                // The receiving side reports what it refuses, on this path as on any other.
+                let theirs = Connection::begin(self.metrics.clone(), Direction::Inbound, record.ends.clone());
+                theirs.finish(&End::refused("RBAC", "denied", denied.to_string()), 0, 0);
+            })?;
+        let server = self.inbound.dial(&permit).await.map_err(unreachable)?;
+        Ok(Upstream::Local(server, permit))
+    }
+
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "each is one fact of the connection; a struct would be used once"
+    )]
+    async fn reach_hbone(
+        &self,
+        record: &Connection,
+        pool: &Pool,
+        pod: &Arc<LocalPod>,
+        client: SocketAddr,
+        target: &Target,
+        to: SocketAddr,
+        identities: BTreeSet<SpiffeId>,
+    ) -> Result<HboneStream, OutboundError> {
+        let local = pod.tls();
+        let ready = tokio::time::timeout(CERT_TIMEOUT, local.cell().ready()).await;
+        ready.map_err(|_| OutboundError::NoCertificate)?;
+        // The client's address as the peer will see it: the same family as the destination's.
+        let bind = source_ip(client, to);
+        let key = PoolKey {
+            source: pod.identity.clone(),
+            source_ip: bind.unwrap_or(client.ip()),
+            expected: Arc::new(identities),
+            to,
+        };
+        let request = Connect {
+            target: HboneTarget::Addr(target.addr),
+            forwarded: Some(Forwarded { client, host: target.service.as_ref().map(|s| s.hostname.clone()) }),
+            baggage: record.ends.source.as_deref().map(baggage),
+            traceparent: None,
+        };
+        let dialer = PodDialer { pod: pod.clone(), bind };
+        Ok(pool.connect(&key, local, &request, &dialer).await?)
+    }
+
+    /// Copies to the end. Returns it with the bytes from the server and from the client.
+    async fn splice(&self, client: impl Endpoint, upstream: Upstream) -> (End, u64, u64) {
+        let counters = ByteCounters::default();
+        let stop = async {
+            self.drain.force.cancelled().await;
+            Stop::Deadline
+        };
+        let (outcome, end) = match upstream {
+            Upstream::Local(server, permit) => self.inbound.splice(client, server, permit).await,
+            Upstream::Plain(server) => {
+                let outcome = copy(client, TcpEnd::new(server), &counters, stop).await;
+                let end = End::of_copy(&outcome.end);
+                (outcome, end)
+            }
+            Upstream::Hbone(stream) => {
+                let outcome = copy(client, HboneEnd::new(stream), &counters, stop).await;
+                let end = End::of_copy(&outcome.end);
+                (outcome, end)
+            }
+        };
+        (end, outcome.received, outcome.sent)
+    }
+}
+
+/// The address to dial from: the one that the client itself used, unless the families differ.
+fn source_ip(client: SocketAddr, to: SocketAddr) -> Option<IpAddr> {
+    (client.is_ipv4() == to.is_ipv4()).then(|| client.ip())
+}
+
+fn baggage(w: &Workload) -> Baggage {
+    let kind = match w.kind {
+        WorkloadKind::Deployment => "deployment",
+        WorkloadKind::CronJob => "cronjob",
+        WorkloadKind::Pod => "pod",
+        WorkloadKind::Job => "job",
+    };
+    Baggage {
+        cluster: w.cluster_id.clone(),
+        namespace: w.name.namespace.clone(),
+        workload_kind: kind.to_owned(),
+        workload: w.workload_name.clone(),
+        service: w.canonical_name.clone(),
+        revision: w.canonical_revision.clone(),
+        region: w.locality.region.clone(),
+        zone: w.locality.zone.clone(),
+    }
+}

@@ -80,7 +80,8 @@ pub fn endpoints(
             Protocol::Tcp => &membership.tcp,
             Protocol::Udp => &membership.udp,
         };
-        let target = ports.iter().find(|p| p.service_port == port.port).map_or(port.target_port, |p| p.target_port);
+        let target =
+            ports.iter().find(|p| p.service_port == port.port).map_or(port.target_port, |p| p.target_port);
         let ip = w.addresses.iter().find(|a| a.is_ipv4() == vip.is_ipv4())?;
         (target != 0).then(|| Endpoint {
             workload: w.clone(),
@@ -133,7 +134,8 @@ mod tests {
         };
         let store = Store::default();
         let workloads = pods.into_iter().map(|p| backs(p, &svc)).collect();
-        let world = store.stage(Batch { workloads, services: vec![svc.clone()], ..Batch::default() }).complete;
+        let world =
+            store.stage(Batch { workloads, services: vec![svc.clone()], ..Batch::default() }).complete;
         let found = endpoints(&world, &here(), &svc, &svc.ports[0], &svc.addresses[0].ip);
         found.into_iter().map(|e| e.workload.name.name.clone()).collect()
     }
@@ -153,7 +155,10 @@ mod tests {
         assert_eq!(names(LbMode::Any, all).len(), 4);
         let mut unready = node;
         unready.health = Health::Unhealthy;
-        assert_eq!(names(LbMode::Failover, vec![unready, at(pod("zone", "shop", "10.0.0.2"), "n2", "z1", "r1")]), ["zone"]);
+        assert_eq!(
+            names(LbMode::Failover, vec![unready, at(pod("zone", "shop", "10.0.0.2"), "n2", "z1", "r1")]),
+            ["zone"]
+        );
     }
 
     #[test]

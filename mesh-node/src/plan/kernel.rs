@@ -2,7 +2,7 @@
 
 use super::{NodeView, endpoints};
 use crate::{
-    bpf::intent::{Backend, CapturedPod, DenyReason, Destination, Frontend, Intent, Verdict},
+    bpf::{Backend, CapturedPod, DenyReason, Destination, Frontend, Intent, Verdict},
     state::World,
 };
 use mesh_xds::model::{Protocol, Service, ServicePort};
@@ -113,8 +113,9 @@ mod tests {
         let membership = w.services.get_mut(&dns.key()).unwrap();
         membership.tcp.clear();
         membership.udp = vec![TargetPort { service_port: 53, target_port: 5353 }];
-        let world =
-            Store::default().stage(Batch { workloads: vec![w], services: vec![dns], ..Batch::default() }).complete;
+        let world = Store::default()
+            .stage(Batch { workloads: vec![w], services: vec![dns], ..Batch::default() })
+            .complete;
         assert_eq!(verdicts(&world), [("10.96.0.9".to_owned(), 53, Verdict::Direct, 1)]);
     }
 

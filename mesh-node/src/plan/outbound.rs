@@ -133,11 +133,7 @@ fn to_workload(
         // Extra names that are not workload identities cannot be matched exactly, so they admit nobody.
         let extra = service.iter().flat_map(|s| &s.subject_alt_names);
         identities.extend(extra.filter_map(|san| san.parse().ok()));
-        Plan::Hbone {
-            addr: SocketAddr::new(addr.ip(), HBONE_PORT),
-            identities,
-            workload: workload.clone(),
-        }
+        Plan::Hbone { addr: SocketAddr::new(addr.ip(), HBONE_PORT), identities, workload: workload.clone() }
     };
     Ok(Target { addr, service, workload: Some(workload), plan })
 }
@@ -153,7 +149,8 @@ mod tests {
 
     fn world() -> Arc<World> {
         let mut svc = service("cart", "shop", "10.96.0.1", &[(80, 8080)]);
-        svc.subject_alt_names = vec!["spiffe://cluster.local/ns/shop/sa/extra".into(), "not-an-identity".into()];
+        svc.subject_alt_names =
+            vec!["spiffe://cluster.local/ns/shop/sa/extra".into(), "not-an-identity".into()];
         let plain_svc = service("old", "legacy", "10.96.0.2", &[(80, 8080)]);
         let empty = service("empty", "shop", "10.96.0.3", &[(80, 8080)]);
         let mut outside = backs(pod("old", "legacy", "10.0.1.9"), &plain_svc);
@@ -173,8 +170,13 @@ mod tests {
     fn decide(dst: &str, excluded: &[SocketAddr], index: usize) -> Result<Target, PlanError> {
         let (world, node) = (world(), NodeView { name: "n1".into(), ..NodeView::default() });
         let is_local = |ip: &IpAddr| *ip == "10.0.1.1".parse::<IpAddr>().unwrap();
-        let input =
-            PlanInput { world: &world, node: &node, dst: dst.parse().unwrap(), is_local: &is_local, excluded };
+        let input = PlanInput {
+            world: &world,
+            node: &node,
+            dst: dst.parse().unwrap(),
+            is_local: &is_local,
+            excluded,
+        };
         outbound(&input, |_, _| index)
     }
 

@@ -37,7 +37,17 @@ pub struct Workers {
 
 /// Counts a connection on its worker for as long as it lives.
 #[derive(Debug)]
-pub struct Active(Arc<AtomicUsize>);
+struct Active(Arc<AtomicUsize>);
+
+/// Where a connection will run.
+#[derive(Debug)]
+pub struct Place {
+    /// The worker's index.
+    pub index: usize,
+    /// Whether that is another worker than the one that accepted it.
+    pub away: bool,
+    active: Active,
+}
 
 impl Drop for Active {
     fn drop(&mut self) {
@@ -49,7 +59,8 @@ impl Workers {
     /// Starts `count` workers.
     pub fn start(count: usize) -> io::Result<Self> {
         let stop = watch::channel(false).0;
-        let workers = (0..count.max(1)).map(|n| Worker::start(n, stop.subscribe())).collect::<io::Result<_>>()?;
+        let workers =
+            (0..count.max(1)).map(|n| Worker::start(n, stop.subscribe())).collect::<io::Result<_>>()?;
         Ok(Self { workers, stop })
     }
 
@@ -73,20 +84,21 @@ impl Workers {
         &self.workers[index % self.workers.len()].handle
     }
 
-    /// Chooses a worker for a connection accepted on worker `home` and runs `connection` there. The closure gets
-    /// the worker's index.
-    pub fn run<F>(&self, home: usize, connection: impl FnOnce(usize) -> F)
-    where
-        F: Future<Output = ()> + Send + 'static,
-    {
+    /// Chooses a worker for a connection accepted on worker `home`.
+    pub fn place(&self, home: usize) -> Place {
         let home = home % self.workers.len();
         let load = |n: usize| self.workers[n].active.load(Ordering::Relaxed);
         let least = (0..self.workers.len()).min_by_key(|n| load(*n)).unwrap_or(home);
-        let chosen = if load(home) > load(least) + IMBALANCE { least } else { home };
-        let worker = &self.workers[chosen];
-        worker.active.fetch_add(1, Ordering::Relaxed);
-        let (active, connection) = (Active(worker.active.clone()), connection(chosen));
-        worker.handle.spawn(async move {
+        let index = if load(home) > load(least) + IMBALANCE { least } else { home };
+        let active = self.workers[index].active.clone();
+        active.fetch_add(1, Ordering::Relaxed);
+        Place { index, away: index != home, active: Active(active) }
+    }
+
+    /// Runs a connection where it was placed.
+    pub fn run(&self, place: Place, connection: impl Future<Output = ()> + Send + 'static) {
+        let Place { index, active, .. } = place;
+        self.workers[index].handle.spawn(async move {
             let _active = active;
             connection.await;
         });
@@ -129,7 +141,9 @@ mod tests {
         let release = watch::channel(false).0;
         for _ in 0..40 {
             let (sent, mut release) = (sent.clone(), release.subscribe());
-            workers.run(0, move |index| async move {
+            let place = workers.place(0);
+            let index = place.index;
+            workers.run(place, async move {
                 sent.send((index, std::thread::current().name().map(str::to_owned))).unwrap();
                 let _ = release.wait_for(|go| *go).await;
             });

@@ -7,7 +7,7 @@
 use super::World;
 use arc_swap::ArcSwap;
 use mesh_xds::model::{Authorization, Service, Workload};
-use std::sync::Arc;
+use std::{collections::HashSet, sync::Arc};
 use tokio::sync::watch;
 
 /// Changes of one xDS response, already validated.
@@ -23,6 +23,32 @@ pub struct Batch {
     pub removed_addresses: Vec<String>,
     /// Keys of policies that are gone.
     pub removed_policies: Vec<String>,
+}
+
+impl Batch {
+    /// Adds a later batch, so that both can be applied as one.
+    pub fn merge(&mut self, later: Batch) {
+        let names: HashSet<&str> = later.removed_addresses.iter().map(String::as_str).collect();
+        self.workloads.retain(|w| !names.contains(w.uid.as_str()));
+        self.services.retain(|s| !names.contains(s.key().as_str()));
+        let workloads: HashSet<&str> = later.workloads.iter().map(|w| w.uid.as_str()).collect();
+        let services: HashSet<String> = later.services.iter().map(Service::key).collect();
+        self.removed_addresses.retain(|name| !workloads.contains(name.as_str()) && !services.contains(name));
+        let names: HashSet<&str> = later.removed_policies.iter().map(String::as_str).collect();
+        self.policies.retain(|p| !names.contains(p.key().as_str()));
+        let policies: HashSet<String> = later.policies.iter().map(Authorization::key).collect();
+        self.removed_policies.retain(|key| !policies.contains(key));
+        self.workloads.extend(later.workloads);
+        self.services.extend(later.services);
+        self.policies.extend(later.policies);
+        self.removed_addresses.extend(later.removed_addresses);
+        self.removed_policies.extend(later.removed_policies);
+    }
+
+    /// Whether policies change.
+    pub fn touches_policies(&self) -> bool {
+        !self.policies.is_empty() || !self.removed_policies.is_empty()
+    }
 }
 
 /// A batch that was put onto the current world, ready to be published.
@@ -123,6 +149,24 @@ mod tests {
             staged.complete.workload_by_addr(&a).is_none() && staged.complete.workload_by_addr(&b).is_some()
         );
         assert!(store.world().workload_by_addr(&b).is_none(), "staging publishes nothing");
+    }
+
+    #[test]
+    fn merged_batches_equal_the_batches_one_after_the_other() {
+        let remove = |name: &str| Batch { removed_addresses: vec![name.into()], ..Batch::default() };
+        let add = |name: &str| Batch { workloads: vec![pod(name, "shop", "10.0.0.1")], ..Batch::default() };
+        let cases: [(Vec<Batch>, usize); 4] = [
+            (vec![add("a"), remove("c1//Pod/shop/a")], 0),
+            (vec![remove("c1//Pod/shop/a"), add("a")], 1),
+            (vec![add("a"), remove("c1//Pod/shop/a"), add("a")], 1),
+            (vec![add("a"), add("b"), remove("c1//Pod/shop/a")], 1),
+        ];
+        for (batches, expected) in cases {
+            let store = Store::default();
+            let mut all = Batch::default();
+            batches.into_iter().for_each(|b| all.merge(b));
+            assert_eq!(apply(&store, all).complete.counts().0, expected);
+        }
     }
 
     #[test]

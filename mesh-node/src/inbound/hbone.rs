@@ -1,0 +1,133 @@
+//! Tunnels that arrive on podIP:15008.
+
+use super::{Inbound, Permit, leads_back};
+use crate::{
+    hbone::{self, ConnectRequest, HboneStream, Refusal, ServeOptions, Target},
+    l4::HboneEnd,
+    local::{LocalPod, Slot},
+    metrics::{Direction, Security},
+    outcome::{Connection, End, Ends, chain},
+    tls::{self, Peer},
+};
+use std::{net::SocketAddr, sync::Arc};
+use tokio::net::TcpStream;
+
+/// One accepted HBONE connection: which pod it came to, and from where.
+struct Tunnel {
+    inbound: Inbound,
+    pod: Arc<LocalPod>,
+    remote: SocketAddr,
+}
+
+/// A tunnel that was permitted and whose pod has answered.
+struct Ready {
+    record: Connection,
+    permit: Permit,
+    server: TcpStream,
+    _slot: Slot,
+}
+
+impl Inbound {
+    /// Serves one connection to a captured pod's port 15008, from the handshake to the end of its last tunnel.
+    pub async fn hbone(&self, pod: Arc<LocalPod>, stream: TcpStream, remote: SocketAddr) {
+        let local_ip = stream.local_addr().ok().map(|addr| addr.ip());
+        let (tls, peer) = match tls::accept(stream, pod.tls(), tls::HANDSHAKE_TIMEOUT).await {
+            Ok(accepted) => accepted,
+            Err(reject) => {
+                let mut ends = self.ends(&pod, remote);
+                ends.server = local_ip.map(|ip| SocketAddr::new(ip, hbone::HBONE_PORT));
+                ends.source_id = None;
+                let text = match &reject.presented {
+                    Some(presented) => format!("{} (the peer presented {presented})", chain(&reject)),
+                    None => chain(&reject),
+                };
+                let record = Connection::begin(self.metrics.clone(), Direction::Inbound, ends);
+                record.finish(&End::refused("DPE", reject.reason.label(), text), 0, 0);
+                return;
+            }
+        };
+        let handler = Arc::new(Tunnel { inbound: self.clone(), pod, remote });
+        let options = ServeOptions { local_ip, drain: self.drain.begin.clone() };
+        let end = hbone::serve(tls, peer, handler, options).await;
+        tracing::debug!(%remote, ?end, "an HBONE connection ended");
+    }
+
+    fn ends(&self, pod: &LocalPod, remote: SocketAddr) -> Ends {
+        Ends {
+            client: Some(remote),
+            source: self.client_workload(remote),
+            destination: self.workload(pod),
+            destination_id: Some(pod.identity.clone()),
+            security: Security::MutualTls,
+            ..Ends::default()
+        }
+    }
+}
+
+impl Tunnel {
+    /// Where the tunnel leads inside the pod. A host name is taken if it is a service's that this pod backs.
+    fn resolve(&self, target: &Target) -> Result<SocketAddr, Refusal> {
+        match target {
+            Target::Addr(addr) => Ok(*addr),
+            Target::Host(host, port) => {
+                let workload = self.inbound.workload(&self.pod);
+                let service = self.inbound.service_of(workload.as_deref(), host);
+                let ports = service.as_ref().and_then(|s| workload.as_ref()?.services.get(&s.key()));
+                let port = ports.and_then(|m| m.tcp.iter().find(|p| p.service_port == *port));
+                match (port, self.pod.addrs.first()) {
+                    (Some(port), Some(ip)) => Ok(SocketAddr::new(*ip, port.target_port)),
+                    _ => Err(Refusal::Authority(target.to_string())),
+                }
+            }
+        }
+    }
+}
+
+impl hbone::Handler for Tunnel {
+    type Upstream = Ready;
+
+    async fn connect(&self, peer: &Arc<Peer>, request: ConnectRequest) -> Result<Self::Upstream, Refusal> {
+        let to = self.resolve(&request.target)?;
+        if leads_back(to) {
+            return Err(Refusal::Authority(format!("{to}, which is a port of the mesh itself,")));
+        }
+        let slot = self.pod.slot().ok_or(Refusal::Overloaded("the pod has as many connections as it may"))?;
+        // The peer's node is trusted to tell the client's port, never its address.
+        let told = request.forwarded.as_ref().filter(|f| f.client.ip() == self.remote.ip());
+        let client = told.map_or(self.remote, |f| f.client);
+        let permit = Permit::check(&self.pod, Some(&peer.id), client, to)
+            .map_err(|denied| Refusal::Denied { by: denied.by })?;
+        let mut ends = self.inbound.ends(&self.pod, client);
+        ends.source_id = Some(peer.id.clone());
+        ends.server = Some(to);
+        let host = request.forwarded.as_ref().and_then(|f| f.host.as_deref());
+        ends.service = host.and_then(|host| self.inbound.service_of(ends.destination.as_deref(), host));
+        let server =
+            self.inbound.dial(&permit).await.map_err(|source| Refusal::Unavailable { to, source })?;
+        let record = Connection::begin(self.inbound.metrics.clone(), Direction::Inbound, ends);
+        record.opened();
+        Ok(Ready { record, permit, server, _slot: slot })
+    }
+
+    async fn splice(&self, ready: Ready, stream: HboneStream) {
+        let Ready { record, permit, server, _slot } = ready;
+        let (outcome, end) = self.inbound.splice(HboneEnd::new(stream), server, permit).await;
+        record.finish(&end, outcome.received, outcome.sent);
+    }
+
+    fn refused(&self, peer: &Arc<Peer>, refusal: &Refusal) {
+        let mut ends = self.inbound.ends(&self.pod, self.remote);
+        ends.source_id = Some(peer.id.clone());
+        let flags = match refusal {
+            Refusal::Denied { .. } => "RBAC",
+            Refusal::Unavailable { to, .. } => {
+                ends.server = Some(*to);
+                "UF"
+            }
+            Refusal::Overloaded(_) => "UO",
+            _ => "DPE",
+        };
+        let record = Connection::begin(self.inbound.metrics.clone(), Direction::Inbound, ends);
+        record.finish(&End::refused(flags, refusal.label(), chain(refusal)), 0, 0);
+    }
+}

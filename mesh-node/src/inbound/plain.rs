@@ -1,0 +1,74 @@
+//! Plaintext connections that sk_lookup steered to podIP:15006.
+
+use super::{Inbound, Permit, leads_back};
+use crate::{
+    l4::TcpEnd,
+    local::LocalPod,
+    metrics::{Direction, Security},
+    net,
+    outcome::{Connection, End, Ends, chain},
+};
+use std::{net::SocketAddr, sync::Arc};
+use tokio::net::TcpStream;
+
+impl Inbound {
+    /// Serves one connection. Its local address is what the client dialled: the kernel steered it here without
+    /// changing it.
+    pub async fn plain(&self, pod: Arc<LocalPod>, stream: TcpStream, client: SocketAddr) {
+        let ends = Ends {
+            client: Some(client),
+            source: self.client_workload(client),
+            destination: self.workload(&pod),
+            destination_id: None,
+            server: stream.local_addr().ok(),
+            security: Security::None,
+            ..Ends::default()
+        };
+        let mut record = Connection::begin(self.metrics.clone(), Direction::Inbound, ends);
+        let (end, sent, received) = self.plain_inner(&mut record, pod, stream, client).await;
+        record.finish(&end, sent, received);
+    }
+
+    async fn plain_inner(
+        &self,
+        record: &mut Connection,
+        pod: Arc<LocalPod>,
+        stream: TcpStream,
+        client: SocketAddr,
+    ) -> (End, u64, u64) {
+        let refuse = |stream: &TcpStream, flags, reason, text: String| {
+            // A reset, as from a closed port: a plain close would look like a server that hung up.
+            net::reset_on_close(stream);
+            (End::refused(flags, reason, text), 0, 0)
+        };
+        let Some(to) = record.ends.server else {
+            return refuse(&stream, "DPE", "no_original_destination", "the socket is gone".to_owned());
+        };
+        if leads_back(to) || !pod.addrs.contains(&to.ip()) {
+            return refuse(&stream, "DPE", "own_port", format!("{to} is a port of the mesh itself"));
+        }
+        let Some(_slot) = pod.slot() else {
+            return refuse(
+                &stream,
+                "UO",
+                "overloaded",
+                "the pod has as many connections as it may".to_owned(),
+            );
+        };
+        let permit = match Permit::check(&pod, None, client, to) {
+            Ok(permit) => permit,
+            Err(denied) => {
+                let reason =
+                    if denied.by.contains("converted") { "plaintext_under_strict" } else { "denied" };
+                return refuse(&stream, "RBAC", reason, denied.to_string());
+            }
+        };
+        let server = match self.dial(&permit).await {
+            Ok(server) => server,
+            Err(error) => return refuse(&stream, "UF", "unavailable", chain(&error)),
+        };
+        record.opened();
+        let (outcome, end) = self.splice(TcpEnd::new(stream), server, permit).await;
+        (end, outcome.received, outcome.sent)
+    }
+}

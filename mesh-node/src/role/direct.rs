@@ -1,0 +1,100 @@
+//! Direct in-kernel connections in the metrics: the kernel counts them, here they get their labels.
+
+use crate::{
+    bpf::DirectStat,
+    local::SharedLocals,
+    metrics::{Metrics, Reporter, Security},
+    outcome::Ends,
+    state::Store,
+};
+use mesh_xds::model::Protocol;
+use std::{
+    collections::HashMap,
+    net::SocketAddr,
+    sync::{Arc, Mutex, PoisonError},
+};
+
+type Key = (u64, SocketAddr, SocketAddr);
+
+/// Turns the kernel's running totals into increments of the TCP series.
+pub struct DirectMetrics {
+    store: Arc<Store>,
+    locals: SharedLocals,
+    metrics: Arc<Metrics>,
+    /// The totals that were counted already. As large as the kernel's table at most: rows that left it are dropped.
+    counted: Mutex<HashMap<Key, [u64; 4]>>,
+}
+
+impl DirectMetrics {
+    /// Nothing counted yet.
+    pub fn new(store: Arc<Store>, locals: SharedLocals, metrics: Arc<Metrics>) -> Self {
+        Self { store, locals, metrics, counted: Mutex::default() }
+    }
+
+    /// Counts what has come since the last call. `rows` is the whole table.
+    pub fn count(&self, rows: &[DirectStat]) {
+        let (world, locals) = (self.store.world(), self.locals.load());
+        let mut counted = self.counted.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut now = HashMap::with_capacity(rows.len());
+        for row in rows {
+            let key = (row.src_cookie, row.vip, row.backend);
+            let totals = [row.opened, row.closed, row.sent_bytes, row.received_bytes];
+            let before = counted.get(&key).copied().unwrap_or_default();
+            now.insert(key, totals);
+            // A smaller total is a row that the kernel evicted and began anew.
+            let fresh = totals.iter().zip(&before).any(|(n, b)| n < b);
+            let delta = |i: usize| if fresh { totals[i] } else { totals[i] - before[i] };
+            if totals == before {
+                continue;
+            }
+            let source = locals.by_cookie(row.src_cookie);
+            let found = world.service_port(&row.vip.ip(), row.vip.port(), Protocol::Tcp);
+            let ends = Ends {
+                source: source.and_then(|pod| world.workload_by_pod(&pod.name)).cloned(),
+                source_id: source.map(|pod| pod.identity.clone()),
+                destination: world.workload_by_addr(&row.backend.ip()).cloned(),
+                service: found.map(|f| f.service),
+                security: Security::None,
+                ..Ends::default()
+            };
+            // The client's bytes are what the destination received.
+            let series = self.metrics.tcp(&ends.labels(Reporter::Source, "-"));
+            series.add(delta(0), delta(1), delta(3), delta(2));
+        }
+        *counted = now;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use arc_swap::ArcSwap;
+
+    #[test]
+    fn only_increments_are_counted_and_a_restarted_row_counts_whole() {
+        let metrics = Arc::new(Metrics::default());
+        let locals = Arc::new(ArcSwap::default());
+        let direct = DirectMetrics::new(Arc::default(), locals, metrics.clone());
+        let row = |opened, sent_bytes| DirectStat {
+            src_cookie: 1,
+            vip: "10.96.0.1:80".parse().unwrap(),
+            backend: "10.0.0.1:8080".parse().unwrap(),
+            opened,
+            closed: opened,
+            sent_bytes,
+            received_bytes: 0,
+        };
+        for rows in [[row(3, 100)], [row(5, 150)], [row(5, 150)], [row(1, 10)]] {
+            direct.count(&rows);
+        }
+        let text = metrics.render().unwrap();
+        let value = |name: &str| -> u64 {
+            let line = text.lines().find(|l| l.starts_with(&format!("{name}_total{{"))).unwrap();
+            line.rsplit(' ').next().unwrap().parse().unwrap()
+        };
+        assert_eq!(value("istio_tcp_connections_opened"), 6);
+        assert_eq!(value("istio_tcp_connections_closed"), 6);
+        assert_eq!(value("istio_tcp_received_bytes"), 160);
+        assert_eq!(value("istio_tcp_sent_bytes"), 0);
+    }
+}
