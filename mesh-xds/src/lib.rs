@@ -5,5 +5,7 @@
 
 pub mod convert;
 pub mod delta;
+pub mod grpc;
 pub mod model;
+pub mod node;
 pub mod wire;

@@ -89,8 +89,8 @@ pub struct Rejection {
 }
 
 /// Changes to apply, as one unit.
-#[derive(Debug)]
-pub struct Update {
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Changes {
     /// The type.
     pub type_url: String,
     /// New and changed resources; no name comes twice.
@@ -99,6 +99,13 @@ pub struct Update {
     pub removed: Vec<String>,
     /// More follows at once.
     pub partial: bool,
+}
+
+/// Changes, and what stands for them until they are applied.
+#[derive(Debug)]
+pub struct Update {
+    /// What to apply.
+    pub changes: Changes,
     /// To be given back with the result.
     pub ticket: Ticket,
 }
@@ -318,7 +325,8 @@ impl DeltaClient {
             refused,
             partial,
         };
-        Ok(Update { type_url, resources, removed: response.removed_resources, partial, ticket })
+        let changes = Changes { type_url, resources, removed: response.removed_resources, partial };
+        Ok(Update { changes, ticket })
     }
 
     /// An update was applied but for these resources. Gives the answer to send now, if any; a later one comes from

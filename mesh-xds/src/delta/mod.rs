@@ -11,7 +11,9 @@ mod subscription;
 #[cfg(test)]
 mod tests;
 
-pub use client::{ClientError, ClientLimits, DeltaClient, Received, Rejection, Subscription, Ticket, Update};
+pub use client::{
+    Changes, ClientError, ClientLimits, DeltaClient, Received, Rejection, Subscription, Ticket, Update,
+};
 pub use server::{Answer, DeltaServer, ProtocolError, ServerLimits};
 pub use snapshot::{Audience, FilteredView, Resource, Snapshot, SnapshotEdit, View};
 

@@ -266,8 +266,8 @@ fn answer<V: View>(tracked: &mut Tracked, request: &DeltaDiscoveryRequest, view:
     tracked.accepted(&fine);
     let names = refused.iter().map(|(name, _)| name.clone()).collect();
     for (name, version) in refused {
-        let current = view.get(&request.type_url, &name).map(|r| r.version.clone());
-        tracked.refused(name, version, current, now);
+        let current = view.get(&request.type_url, &name);
+        tracked.refused(name, version, current.as_ref().map(|r| &*r.version), now);
     }
     Answer::Nack { message: error.message.clone(), names }
 }

@@ -130,16 +130,16 @@ impl Table {
         Self { resources: Sharded::new(), aliases: Sharded::new(), len: 0 }
     }
 
-    fn put(&mut self, resource: Arc<Resource>) -> bool {
+    fn put(&mut self, resource: &Arc<Resource>) -> bool {
         let name = resource.name.clone();
-        if self.resources.get(&name).is_some_and(|old| **old == *resource) {
+        if self.resources.get(&name).is_some_and(|old| old == resource) {
             return false;
         }
         for alias in &resource.aliases {
             self.aliases.shard_mut(alias).entry(alias.clone()).or_default().insert(name.clone());
         }
         match self.resources.shard_mut(&name).insert(name, resource.clone()) {
-            Some(old) => self.drop_aliases(&old, Some(&resource)),
+            Some(old) => self.drop_aliases(&old, Some(resource)),
             None => self.len += 1,
         }
         true
@@ -220,7 +220,8 @@ pub struct SnapshotEdit {
 
 impl SnapshotEdit {
     /// Adds or replaces a resource; false if it was there already, equal in every part.
-    pub fn put(&mut self, type_url: &str, resource: Arc<Resource>) -> bool {
+    pub fn put(&mut self, type_url: &str, resource: impl Into<Arc<Resource>>) -> bool {
+        let resource = &resource.into();
         let types = &mut self.snapshot.types;
         let changed = match types.get_mut(type_url) {
             Some(table) => table.put(resource),

@@ -206,17 +206,11 @@ impl Tracked {
 
     /// One resource of a response was refused: it stays away until it changes, and if it changes soon, for a while.
     /// `current` is its version now.
-    pub(super) fn refused(
-        &mut self,
-        name: Arc<str>,
-        version: Arc<str>,
-        current: Option<Arc<str>>,
-        now: Instant,
-    ) {
+    pub(super) fn refused(&mut self, name: Arc<str>, version: Arc<str>, current: Option<&str>, now: Instant) {
         let times = self.rejected.get(&name).map_or(0, |r| r.times).saturating_add(1);
         let not_before = now + self.backoff.delay(times);
         // Another version may be waiting already. A removal is not held back.
-        if current.is_some() && self.pending.remove(&name) && current.as_ref() != Some(&version) {
+        if current.is_some() && self.pending.remove(&name) && current != Some(&*version) {
             self.delayed.insert(name.clone(), not_before);
         }
         self.rejected.insert(name, Rejected { version, times, not_before });

@@ -91,7 +91,7 @@ impl Sim {
             let update = self.client.response(response).unwrap();
             self.responses += 1;
             let mut rejections = Vec::new();
-            for r in update.resources {
+            for r in update.changes.resources {
                 self.delivered.push(r.name.clone());
                 let content = String::from_utf8(r.body.value.to_vec()).unwrap();
                 if content.starts_with("bad") {
@@ -100,7 +100,7 @@ impl Sim {
                     self.applied.insert(r.name, content);
                 }
             }
-            for name in update.removed {
+            for name in update.changes.removed {
                 self.applied.remove(&name);
             }
             self.to_server.extend(self.client.applied(update.ticket, rejections, self.now));
@@ -438,7 +438,7 @@ fn bounds_are_kept_on_both_sides() {
     let response =
         DeltaDiscoveryResponse { type_url: T.into(), nonce: "1".into(), resources, ..Default::default() };
     let update = client.response(response).unwrap();
-    assert_eq!(update.resources.iter().map(|r| r.name.as_str()).collect::<Vec<_>>(), ["a", "b"]);
+    assert_eq!(update.changes.resources.iter().map(|r| r.name.as_str()).collect::<Vec<_>>(), ["a", "b"]);
     let nack = client.applied(update.ticket, vec![], Instant::now()).unwrap().error_detail.unwrap();
     assert!(nack.message.starts_with("4 of 6 resources refused"), "{}", nack.message);
 
