@@ -6,6 +6,7 @@
 
 pub mod admin;
 pub mod bpf;
+pub mod check;
 pub mod cni;
 pub mod config;
 pub mod drain;

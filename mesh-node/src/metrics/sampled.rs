@@ -2,7 +2,7 @@
 
 use prometheus_client::{
     collector::Collector,
-    encoding::{DescriptorEncoder, EncodeLabel, EncodeLabelSet, LabelSetEncoder, NoLabelSet},
+    encoding::{DescriptorEncoder, EncodeLabel, EncodeLabelSet, LabelSetEncoder, MetricEncoder, NoLabelSet},
     metrics::MetricType,
 };
 use std::fmt;
@@ -67,19 +67,27 @@ impl Collector for Sampler {
             Values::Counters(read) => {
                 let mut family =
                     encoder.encode_descriptor(self.name, self.help, None, MetricType::Counter)?;
-                for s in read().iter().take(Sample::<u64>::MAX) {
-                    family
-                        .encode_family(&Labels(&s.labels))?
-                        .encode_counter::<NoLabelSet, _, u64>(&s.value, None)?;
-                }
+                each(&mut family, &read(), |m, v| m.encode_counter::<NoLabelSet, _, u64>(v, None))
             }
             Values::Gauges(read) => {
                 let mut family = encoder.encode_descriptor(self.name, self.help, None, MetricType::Gauge)?;
-                for s in read().iter().take(Sample::<f64>::MAX) {
-                    family.encode_family(&Labels(&s.labels))?.encode_gauge(&s.value)?;
-                }
+                each(&mut family, &read(), |m, v| m.encode_gauge(v))
             }
         }
-        Ok(())
     }
+}
+
+fn each<V>(
+    family: &mut MetricEncoder<'_>,
+    samples: &[Sample<V>],
+    encode: impl Fn(&mut MetricEncoder<'_>, &V) -> fmt::Result,
+) -> fmt::Result {
+    samples.iter().take(Sample::<V>::MAX).try_for_each(|s| {
+        if s.labels.is_empty() {
+            // An empty family would be written as `name{}`.
+            encode(family, &s.value)
+        } else {
+            encode(&mut family.encode_family(&Labels(&s.labels))?, &s.value)
+        }
+    })
 }

@@ -120,6 +120,30 @@ fn malformed(what: &str) -> io::Error {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::net::testing;
+
+    #[test]
+    fn listeners_of_the_namespace_and_only_those() {
+        let Some(ns) = testing::with_addresses(&["10.77.0.1/24", "fd77::1/64"]) else { return };
+        assert_eq!(ns.tcp_listeners().unwrap(), []);
+        let mut expected: Vec<SocketAddr> =
+            ["0.0.0.0:80", "10.77.0.1:15006", "[::]:80", "[fd77::1]:443"].map(|a| a.parse().unwrap()).into();
+        let held: Vec<_> = expected.iter().map(|a| ns.listen(*a).unwrap()).collect();
+        // A bound or connected socket is no listener.
+        let _client = ns.run(|| std::net::TcpStream::connect("127.0.0.1:80")).unwrap().unwrap();
+        expected.sort_unstable();
+        assert_eq!(ns.tcp_listeners().unwrap(), expected);
+        drop(held);
+        assert_eq!(ns.tcp_listeners().unwrap(), []);
+    }
+
+    #[test]
+    fn many_listeners_come_in_several_answers() {
+        let Some(ns) = testing::fresh() else { return };
+        let held: Vec<_> =
+            (1..=1000).map(|p| ns.listen(SocketAddr::from(([127, 0, 0, 1], p))).unwrap()).collect();
+        assert_eq!(ns.tcp_listeners().unwrap().len(), held.len());
+    }
 
     fn message(kind: u16, body: &[u8]) -> Vec<u8> {
         let mut out = ((HEADER + body.len()) as u32).to_ne_bytes().to_vec();

@@ -42,3 +42,51 @@ pub fn recv(socket: impl AsFd, buf: &mut [u8]) -> io::Result<(usize, Option<Owne
     }
     Ok((message.bytes, received.pop()))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::{fs::File, io::Read, os::unix::net::UnixStream};
+
+    #[test]
+    fn a_descriptor_arrives_with_its_message() {
+        let (a, b) = UnixStream::pair().unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("f");
+        std::fs::write(&path, "content").unwrap();
+        let file = File::open(&path).unwrap();
+        assert_eq!(send(&a, b"hello", Some(file.as_fd())).unwrap(), 5);
+        assert_eq!(send(&a, b"plain", None).unwrap(), 5);
+        let mut buf = [0; 5];
+        let (n, fd) = recv(&b, &mut buf).unwrap();
+        assert_eq!((n, &buf), (5, b"hello"));
+        let mut text = String::new();
+        File::from(fd.unwrap()).read_to_string(&mut text).unwrap();
+        assert_eq!(text, "content");
+        let (n, fd) = recv(&b, &mut buf).unwrap();
+        assert_eq!((n, &buf, fd.is_none()), (5, b"plain", true));
+        drop(a);
+        assert_eq!(recv(&b, &mut buf).unwrap().0, 0);
+    }
+
+    #[test]
+    fn two_descriptors_are_refused_and_closed() {
+        let (a, b) = UnixStream::pair().unwrap();
+        let (probe, kept) = UnixStream::pair().unwrap();
+        let other = probe.try_clone().unwrap();
+        let fds = [probe.as_raw_fd(), other.as_raw_fd()];
+        sendmsg::<()>(
+            a.as_raw_fd(),
+            &[IoSlice::new(b"x")],
+            &[ControlMessage::ScmRights(&fds)],
+            MsgFlags::empty(),
+            None,
+        )
+        .unwrap();
+        drop((probe, other));
+        assert_eq!(recv(&b, &mut [0; 1]).unwrap_err().kind(), io::ErrorKind::InvalidData);
+        // Every copy of the far end is closed: the near end sees the end of its stream.
+        let mut kept = kept;
+        assert_eq!(kept.read(&mut [0; 1]).unwrap(), 0);
+    }
+}

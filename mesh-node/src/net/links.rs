@@ -42,6 +42,18 @@ pub fn is_pod_address(ip: IpAddr) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::net::testing;
+
+    #[test]
+    fn loopback_and_link_local_are_left_out() {
+        let Some(ns) = testing::with_addresses(&["10.77.0.1/24", "fd77::1/64", "169.254.3.1/16"]) else {
+            return;
+        };
+        let expected: Vec<IpAddr> = vec!["10.77.0.1".parse().unwrap(), "fd77::1".parse().unwrap()];
+        assert_eq!(ns.addresses().unwrap(), expected);
+        testing::ip(&ns, &["link", "set", "eth0", "down"]);
+        assert_eq!(ns.addresses().unwrap(), Vec::<IpAddr>::new());
+    }
 
     #[test]
     fn only_reachable_addresses_count() {

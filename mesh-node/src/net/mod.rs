@@ -15,6 +15,8 @@ pub mod links;
 pub mod ns;
 pub mod socket;
 mod sys;
+#[cfg(test)]
+pub(crate) mod testing;
 pub mod unix;
 
 pub use ns::{NetNs, NetNsError, NsId};

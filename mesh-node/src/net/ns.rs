@@ -210,3 +210,69 @@ impl Drop for WayBack<'_> {
         self.0.away.set(false);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::net::testing;
+    use std::{panic, thread};
+
+    fn here() -> NsId {
+        let meta = File::open("/proc/thread-self/ns/net").unwrap().metadata().unwrap();
+        NsId { dev: meta.dev(), ino: meta.ino() }
+    }
+
+    #[test]
+    fn entering_and_coming_back() {
+        let Some(ns) = testing::fresh() else { return };
+        let home = here();
+        assert_ne!(home, ns.id());
+        assert_eq!(ns.run(here).unwrap(), ns.id());
+        assert_eq!(here(), home);
+
+        let panicked = panic::catch_unwind(panic::AssertUnwindSafe(|| ns.run(|| panic!("inside"))));
+        assert!(panicked.is_err());
+        assert_eq!(here(), home, "the way back was lost in a panic");
+        assert_eq!(ns.run(here).unwrap(), ns.id(), "the thread cannot enter again after a panic");
+
+        let nested = ns.run(|| ns.run(here)).unwrap();
+        assert!(matches!(nested, Err(NetNsError::Nested)), "{nested:?}");
+        assert_eq!(NetNs::current().unwrap().run(here).unwrap(), home);
+    }
+
+    #[test]
+    fn identity_is_that_of_the_namespace_and_not_of_the_handle() {
+        let (Some(a), Some(b)) = (testing::fresh(), testing::fresh()) else { return };
+        assert_ne!(a.cookie(), b.cookie());
+        let again = NetNs::from_fd(a.as_fd().try_clone_to_owned().unwrap()).unwrap();
+        assert_eq!((again.id(), again.cookie()), (a.id(), a.cookie()));
+        assert_ne!(a.cookie(), 0);
+    }
+
+    #[test]
+    fn threads_do_not_disturb_each_other() {
+        let (Some(a), Some(b)) = (testing::fresh(), testing::fresh()) else { return };
+        let home = here();
+        thread::scope(|scope| {
+            for ns in [&a, &b, &a, &b] {
+                scope.spawn(move || {
+                    for _ in 0..500 {
+                        assert_eq!(ns.run(here).unwrap(), ns.id());
+                        assert_eq!(here(), home);
+                    }
+                });
+            }
+        });
+    }
+
+    #[test]
+    fn other_files_are_refused() {
+        for path in ["/proc/self/ns/mnt", "/proc/self/stat", "/"] {
+            let e = NetNs::open(Path::new(path)).unwrap_err();
+            assert!(matches!(&e, NetNsError::NotNetNs { what } if what == path), "{e:?}");
+        }
+        let gone = NetNs::open(Path::new("/proc/self/ns/nothing")).unwrap_err();
+        assert!(matches!(gone, NetNsError::Open { .. }));
+        assert_eq!(io::Error::from(gone).kind(), io::ErrorKind::NotFound);
+    }
+}

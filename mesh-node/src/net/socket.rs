@@ -114,3 +114,78 @@ pub async fn accept_from(listener: &tokio::net::TcpListener) -> io::Result<(TcpS
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::net::testing;
+    use std::net::Ipv4Addr;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+    fn any(ip: &str) -> SocketAddr {
+        SocketAddr::new(ip.parse().unwrap(), 0)
+    }
+
+    #[tokio::test]
+    async fn sockets_belong_to_the_namespace_whatever_thread_uses_them() {
+        let Some(ns) = testing::with_addresses(&["10.77.0.1/24", "10.77.0.2/24"]) else { return };
+        let listener = ns.listen(any("10.77.0.1")).unwrap();
+        let to = listener.local_addr().unwrap();
+        let listener = tokio::net::TcpListener::from_std(listener).unwrap();
+
+        let mut seen = None;
+        let client = "10.77.0.2".parse().unwrap();
+        let dialing = ns
+            .dial(Some(client), to, |fd| {
+                seen = Some(socket2::SockRef::from(&fd).local_addr()?.as_socket().unwrap());
+                Ok(())
+            })
+            .unwrap();
+        assert_eq!(seen.unwrap().ip(), client, "before_connect runs after bind");
+        let (dialled, accepted) = tokio::join!(dialing, accept_from(&listener));
+        let (mut dialled, (mut accepted, peer)) = (dialled.unwrap(), accepted.unwrap());
+        assert_eq!(peer.ip(), client);
+        assert_eq!(dialled.local_addr().unwrap(), peer);
+
+        dialled.write_all(b"ping").await.unwrap();
+        let mut buf = [0; 4];
+        accepted.read_exact(&mut buf).await.unwrap();
+        assert_eq!(&buf, b"ping");
+
+        for (side, socket) in [("dialled", &dialled), ("accepted", &accepted)] {
+            let socket = socket2::SockRef::from(socket);
+            assert!(socket.tcp_nodelay().unwrap(), "{side}");
+            assert!(socket.keepalive().unwrap(), "{side}");
+            assert_eq!(socket.tcp_keepalive_time().unwrap(), KEEPALIVE_TIME, "{side}");
+        }
+
+        let home = NetNs::current().unwrap();
+        let refused =
+            home.dial(None, SocketAddr::new(Ipv4Addr::LOCALHOST.into(), to.port()), |_| Ok(())).unwrap();
+        assert!(refused.await.is_err(), "the listener is visible outside its namespace");
+    }
+
+    #[tokio::test]
+    async fn errors_come_back() {
+        let Some(ns) = testing::with_addresses(&["10.77.0.1/24"]) else { return };
+        let taken = ns.listen(any("10.77.0.1")).unwrap().local_addr().unwrap();
+        let _holder = ns.listen(taken).unwrap();
+        assert_eq!(ns.listen(taken).unwrap_err().kind(), io::ErrorKind::AddrInUse);
+        assert_eq!(ns.listen(any("10.99.0.1")).unwrap_err().kind(), io::ErrorKind::AddrNotAvailable);
+        let Err(e) = ns.dial(None, taken, |_| Err(io::ErrorKind::PermissionDenied.into())) else {
+            panic!("the error of before_connect was lost")
+        };
+        assert_eq!(e.kind(), io::ErrorKind::PermissionDenied);
+        let closed = SocketAddr::new(taken.ip(), 1);
+        let e = ns.dial(None, closed, |_| Ok(())).unwrap().await.unwrap_err();
+        assert_eq!(e.kind(), io::ErrorKind::ConnectionRefused);
+    }
+
+    #[test]
+    fn both_families_share_a_port() {
+        let Some(ns) = testing::with_addresses(&["10.77.0.1/24", "fd77::1/64"]) else { return };
+        let v6 = ns.listen("[::]:15006".parse().unwrap()).unwrap();
+        let v4 = ns.listen("0.0.0.0:15006".parse().unwrap()).unwrap();
+        assert_eq!(v4.local_addr().unwrap().port(), v6.local_addr().unwrap().port());
+    }
+}
