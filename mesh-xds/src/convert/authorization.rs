@@ -9,9 +9,6 @@ use crate::wire::{Any, security as pb};
 use pb::string_match::MatchType;
 
 /// The wire form of a policy.
-///
-/// Istio reads an empty match as one that never matches, and a clause without matches as one that always does. A
-/// clause that is always met here (it contains an empty match) is therefore left out.
 pub fn encode_authorization(a: &Authorization) -> pb::Authorization {
     pb::Authorization {
         name: a.name.name.clone(),
@@ -33,12 +30,10 @@ pub fn encode_authorization(a: &Authorization) -> pb::Authorization {
 }
 
 fn rule_to_wire(r: &Rule) -> pb::Rule {
-    let always = |c: &&Clause| c.matches.is_empty() || c.matches.contains(&Match::default());
     pb::Rule {
         clauses: r
             .clauses
             .iter()
-            .filter(|c| !always(c))
             .map(|c| pb::Clause { matches: c.matches.iter().map(match_to_wire).collect() })
             .collect(),
     }
@@ -130,7 +125,7 @@ pub fn decode_authorization(name: &str, any: &Any) -> Result<Decoded<Authorizati
             rule_from_wire(rule)
         };
         match (known, action) {
-            (Ok(rule), _) => rules.extend(rule),
+            (Ok(rule), _) => rules.push(rule),
             (Err(field), Action::Deny) => {
                 notes.push(Note::RuleClosed { rule: index, field, effect: "it denies every connection" });
                 rules.push(Rule::default());
@@ -143,27 +138,14 @@ pub fn decode_authorization(name: &str, any: &Any) -> Result<Decoded<Authorizati
     Ok(Decoded { value: Authorization { name: key, scope, action, rules }, notes })
 }
 
-/// `Ok(None)`: a rule that never matches. `Err`: the field that is not understood.
-fn rule_from_wire(rule: pb::Rule) -> Result<Option<Rule>, &'static str> {
+/// `Err`: the field that is not understood.
+fn rule_from_wire(rule: pb::Rule) -> Result<Rule, &'static str> {
     let mut clauses = Vec::with_capacity(rule.clauses.len());
     for clause in rule.clauses {
-        // Without matches a clause is met by everything; with nothing but empty matches, by nothing.
-        if clause.matches.is_empty() {
-            continue;
-        }
-        let mut matches = Vec::with_capacity(clause.matches.len());
-        for m in clause.matches {
-            let m = match_from_wire(m)?;
-            if m != Match::default() {
-                matches.push(m);
-            }
-        }
-        if matches.is_empty() {
-            return Ok(None);
-        }
+        let matches = clause.matches.into_iter().map(match_from_wire).collect::<Result<_, _>>()?;
         clauses.push(Clause { matches });
     }
-    Ok(Some(Rule { clauses }))
+    Ok(Rule { clauses })
 }
 
 fn match_from_wire(m: pb::Match) -> Result<Match, &'static str> {

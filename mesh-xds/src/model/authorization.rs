@@ -5,8 +5,9 @@
 //! non-empty positive lists match and none of its negative lists does. DENY policies come first; if any ALLOW
 //! policy applies, one of them has to match.
 //!
-//! So a rule without clauses matches every connection; `crate::convert` uses that form for a DENY rule that it does
-//! not understand, and never yields a clause without matches or a match without conditions.
+//! Empty lists mean what they mean to Istio: a policy without rules never matches; a rule without clauses always
+//! does (`crate::convert` uses that form for a DENY rule that it does not understand); a clause without matches is
+//! always met; a match without conditions never matches.
 
 use super::NamespacedName;
 use std::net::IpAddr;
