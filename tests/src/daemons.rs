@@ -168,6 +168,11 @@ fn cni_conf(socket: &Path, pod: &Pod) -> String {
 impl Cluster {
     /// Starts the control plane on a copy of `config` and waits until its root certificate is there and xDS listens.
     pub fn start_control(&mut self, config: &Path) -> Result<()> {
+        self.start_control_with(config, &[])
+    }
+
+    /// [`Self::start_control`] with more flags.
+    pub fn start_control_with(&mut self, config: &Path, extra: &[&str]) -> Result<()> {
         let dir = self.run.dir().join("control");
         let (config_dir, data_dir) = (dir.join("config"), dir.join("data"));
         std::fs::create_dir_all(&config_dir)?;
@@ -181,7 +186,7 @@ impl Cluster {
             .map(|node| format!("{} {}\n", node.spec.name, token(&node.spec.name)))
             .collect();
         write_secret(&dir.join("node-tokens"), &tokens)?;
-        self.launch_control(&config_dir, &data_dir)
+        self.launch_control(&config_dir, &data_dir, extra)
     }
 
     /// Starts the control plane again on the directories of [`Self::start_control`], for example after a kill.
@@ -189,12 +194,12 @@ impl Cluster {
         let control = self.control.take().context("no control plane was started")?;
         let (config_dir, data_dir) = (control.config_dir.clone(), control.data_dir.clone());
         drop(control);
-        self.launch_control(&config_dir, &data_dir)
+        self.launch_control(&config_dir, &data_dir, &[])
     }
 
-    fn launch_control(&mut self, config_dir: &Path, data_dir: &Path) -> Result<()> {
+    fn launch_control(&mut self, config_dir: &Path, data_dir: &Path, extra: &[&str]) -> Result<()> {
         let dir = self.run.dir().join("control");
-        let args: Vec<OsString> = vec![
+        let mut args: Vec<OsString> = vec![
             "run".into(),
             "--config-dir".into(),
             config_dir.into(),
@@ -215,6 +220,7 @@ impl Cluster {
             "--ip-san".into(),
             CONTROL_V4.to_string().into(),
         ];
+        args.extend(extra.iter().map(OsString::from));
         let cgroup = self.run.cgroup()?.child("control")?;
         let place = Place { cgroup: &cgroup, netns: Some(&self.fabric) };
         let proc =

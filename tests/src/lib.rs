@@ -6,8 +6,9 @@
 //! machine's own network namespace, everything carries a run id, and what a crashed run leaves behind is removed
 //! by the next one.
 //!
-//! Deliberately absent: any traffic shaping (tc, netem), any knowledge of how the daemons work inside, and any
-//! use of their crates: they are driven through their command lines, files, sockets and metrics only.
+//! Deliberately absent: any traffic shaping (tc, netem), any knowledge of how the daemons work inside, and any use of
+//! their crates. The daemons are driven through their command lines, files, sockets and metrics only, and the peers in
+//! `peer.rs` are written against the wire format.
 
 pub mod app;
 pub mod cgroup;
@@ -16,6 +17,8 @@ pub mod daemons;
 pub mod fixture;
 pub mod metrics;
 pub mod netns;
+pub mod peer;
+pub mod pki;
 pub mod proc;
 pub mod run;
 pub mod sniff;

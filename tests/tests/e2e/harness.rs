@@ -1,16 +1,12 @@
 //! The harness itself: pods reach each other without any mesh, in both families, and nothing stays behind.
 
+use crate::support::bare;
 use anyhow::Result;
-use mesh_tests::{app::ports, cluster::Cluster, fixture::Fixture, netns};
-use std::path::PathBuf;
-
-fn quickstart() -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../deploy/examples/quickstart")
-}
+use mesh_tests::{app::ports, netns};
 
 #[test]
 fn pods_reach_each_other_without_a_mesh() -> Result<()> {
-    let mut cluster = Cluster::new(&Fixture::load(&quickstart())?)?;
+    let mut cluster = bare()?;
     cluster.start_apps()?;
     let client = cluster.pod("shop/web-0")?;
     for server in ["shop/db-0", "shop/pay-0"] {
@@ -61,7 +57,7 @@ fn pods_reach_each_other_without_a_mesh() -> Result<()> {
 
 #[test]
 fn capture_sees_the_plaintext_between_nodes() -> Result<()> {
-    let mut cluster = Cluster::new(&Fixture::load(&quickstart())?)?;
+    let mut cluster = bare()?;
     cluster.start_apps()?;
     let capture = cluster.capture()?;
     let server = cluster.pod("shop/pay-0")?.spec.v4;
@@ -77,7 +73,7 @@ fn capture_sees_the_plaintext_between_nodes() -> Result<()> {
 
 #[test]
 fn a_dropped_cluster_leaves_nothing_behind() -> Result<()> {
-    let mut cluster = Cluster::new(&Fixture::load(&quickstart())?)?;
+    let mut cluster = bare()?;
     cluster.start_apps()?;
     let (prefix, cgroup, dir) =
         (cluster.run.name(""), cluster.run.cgroup()?.path().to_owned(), cluster.run.dir());

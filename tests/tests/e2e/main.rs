@@ -1,4 +1,11 @@
 //! End-to-end tests on the real kernel with the real daemons. They need root and are run one at a time
 //! (`cargo xtask test --only e2e`).
 
+mod bytes;
+mod enrolment;
 mod harness;
+mod outcomes;
+mod peers;
+mod policy;
+mod resilience;
+mod support;

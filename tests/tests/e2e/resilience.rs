@@ -1,0 +1,77 @@
+//! Parts that go away and come back: the control plane, the daemon, certificates.
+
+use crate::support::{PROPAGATION, assert_right, bare, mesh, quickstart, vip};
+use anyhow::{Context, Result};
+use mesh_tests::{app::ports, daemons::NodeOptions, wait};
+
+#[test]
+fn traffic_goes_on_without_the_control_plane_and_changes_arrive_after_it_is_back() -> Result<()> {
+    let mut cluster = mesh()?;
+    cluster.control.as_mut().context("control")?.proc.kill()?;
+    for service in [vip::PAY, vip::DB, vip::LEDGER, vip::CART] {
+        let report =
+            cluster.pod("shop/web-0")?.connects(&format!("--to {service}:80 --n 200 --threads 4"))?;
+        assert_right(&format!("{service} without a control plane"), &report, 200);
+    }
+    let control = cluster.control.as_ref().context("control")?;
+    control.write_config(
+        "90-deny.yaml",
+        "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {name: no-db, namespace: shop}\nspec:\n  \
+         selector: {matchLabels: {app: db}}\n  action: DENY\n  rules: [{}]\n",
+    )?;
+    cluster.restart_control()?;
+    let client = cluster.pod("shop/web-0")?;
+    wait::until_true("the change to arrive after the restart", PROPAGATION * 3, || {
+        let dialled = client.dial(&format!("--to {}:80 --send x --shutdown --timeout 2", vip::DB))?;
+        Ok(dialled.received.is_empty())
+    })?;
+    let report = client.connects(&format!("--to {}:80 --n 200", vip::PAY))?;
+    assert_right("the rest stays as it was", &report, 200);
+    Ok(())
+}
+
+#[test]
+fn a_restarted_daemon_takes_its_pods_over() -> Result<()> {
+    let mut cluster = mesh()?;
+    for signal in ["term", "kill"] {
+        let daemon = cluster.node_mut("node-a")?.daemon.as_mut().context("daemon")?;
+        if signal == "term" {
+            daemon.proc.stop(PROPAGATION * 2)?;
+        } else {
+            daemon.proc.kill()?;
+        }
+        cluster.node_mut("node-a")?.daemon = None;
+        cluster.start_node("node-a", &NodeOptions::default())?;
+        let client = cluster.pod("shop/web-0")?;
+        for service in [vip::PAY, vip::DB, vip::LEDGER] {
+            wait::until_true(&format!("{service} after {signal}"), PROPAGATION, || {
+                Ok(client.connects(&format!("--to {service}:80 --n 1 --timeout 2"))?.all_right(1))
+            })?;
+            let report = client.connects(&format!("--to {service}:80 --n 500 --threads 4"))?;
+            assert_right(&format!("{service} after {signal}"), &report, 500);
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn connections_outlive_the_rotation_of_their_certificates() -> Result<()> {
+    let mut cluster = bare()?;
+    cluster.start_control_with(&quickstart(), &["--workload-cert-ttl", "16s"])?;
+    for node in ["node-a", "node-b"] {
+        cluster.start_node(node, &NodeOptions::default())?;
+    }
+    cluster.enrol_all()?;
+    cluster.start_apps()?;
+    let client = cluster.pod("shop/web-0")?;
+    // 25 seconds at this rate: longer than any certificate of its beginning is valid.
+    let (rate, bytes) = (2 << 20, 50 << 20);
+    let report =
+        client.bulk(&format!("--to {}:{} --down {bytes} --read-rate {rate}", vip::PAY, ports::BULK))?;
+    assert_eq!(report.received, bytes);
+    assert_eq!(report.down_checksums.0, report.down_checksums.1);
+    assert!(report.millis > 20_000);
+    let report = client.connects(&format!("--to {}:80 --n 200 --threads 4", vip::PAY))?;
+    assert_right("new connections under new certificates", &report, 200);
+    Ok(())
+}
