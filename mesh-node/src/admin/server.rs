@@ -227,3 +227,121 @@ async fn finish(mut connection: std::pin::Pin<&mut Connection>) -> hyper::Result
     connection.as_mut().graceful_shutdown();
     tokio::time::timeout(HEADER_TIMEOUT, connection).await.unwrap_or(Ok(()))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::admin::{Status, client};
+    use serde_json::{Value, json};
+    use std::sync::Mutex;
+    use tokio::{
+        io::{AsyncReadExt, AsyncWriteExt},
+        net::TcpStream,
+    };
+
+    #[derive(Default)]
+    struct Fake {
+        level: Mutex<String>,
+    }
+
+    impl AdminState for Fake {
+        fn live(&self) -> Health {
+            Health::Good
+        }
+        fn ready(&self) -> Health {
+            Health::Bad(vec!["BPF is not in step".into(), "no configuration".into()])
+        }
+        fn status(&self) -> Status {
+            Status { node: "node-a".into(), ..Status::default() }
+        }
+        fn dump(&self) -> Value {
+            json!({ "workloads": [] })
+        }
+        fn set_log_level(&self, filter: &str) -> Result<(), BadRequest> {
+            if filter == "loud" {
+                return Err(BadRequest(
+                    "\"loud\" is no level; use off, error, warn, info, debug or trace".into(),
+                ));
+            }
+            *self.level.lock().unwrap() = filter.to_owned();
+            Ok(())
+        }
+        fn set_bpf_log_level(&self, level: &str) -> Result<(), BadRequest> {
+            *self.level.lock().unwrap() = format!("bpf {level}");
+            Ok(())
+        }
+        fn metrics(&self) -> Result<String, std::fmt::Error> {
+            Ok("# EOF\n".into())
+        }
+    }
+
+    async fn text(result: Result<hyper::body::Bytes, client::ClientError>) -> String {
+        match result {
+            Ok(body) => String::from_utf8(body.to_vec()).unwrap(),
+            Err(e) => format!("error: {e}"),
+        }
+    }
+
+    #[tokio::test]
+    async fn the_admin_interface_over_its_socket() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("admin.sock");
+        let state = Arc::new(Fake::default());
+        let stop = CancellationToken::new();
+        let endpoint = Endpoint::Unix(path.clone());
+        let running =
+            tokio::spawn(bind("admin", &endpoint, admin_router(Arc::clone(&state)), stop.clone()).unwrap());
+
+        let status: Status = serde_json::from_str(&text(client::get(&path, "/status").await).await).unwrap();
+        assert_eq!(status.node, "node-a");
+        assert_eq!(text(client::get(&path, "/dump").await).await, "{\"workloads\":[]}");
+        assert_eq!(text(client::get(&path, "/healthz/live").await).await, "ok\n");
+        assert_eq!(
+            text(client::get(&path, "/healthz/ready").await).await,
+            "error: mesh-node answered 503 Service Unavailable: BPF is not in step\nno configuration"
+        );
+        assert_eq!(text(client::get(&path, "/metrics").await).await, "# EOF\n");
+        assert_eq!(text(client::post(&path, "/logging?level=debug").await).await, "ok\n");
+        assert_eq!(*state.level.lock().unwrap(), "debug");
+        assert_eq!(text(client::post(&path, "/bpf/logging?level=info").await).await, "ok\n");
+        assert_eq!(*state.level.lock().unwrap(), "bpf info");
+        for (request, part) in [("/logging", "400"), ("/logging?level=loud", "is no level"), ("/x", "404")] {
+            let answer = text(client::post(&path, request).await).await;
+            assert!(answer.contains(part), "{request}: {answer}");
+        }
+        assert!(text(client::get(&path, "/logging?level=off").await).await.contains("405"));
+
+        let second = bind("admin", &endpoint, admin_router(state), stop.clone());
+        assert!(second.is_err(), "two daemons share a socket");
+        stop.cancel();
+        running.await.unwrap();
+        let away = text(client::get(&path, "/status").await).await;
+        assert!(away.contains("no mesh-node answers on"), "{away}");
+    }
+
+    #[tokio::test]
+    async fn metrics_over_tcp_and_no_admin_by_a_foreign_name() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let addr = listener.local_addr().unwrap();
+        let router = admin_router(Arc::new(Fake::default()));
+        let stop = CancellationToken::new();
+        let running = tokio::spawn(serve(Listener::Tcp(listener), router, stop.clone()));
+        for (host, path, status) in [
+            ("localhost:15000", "/status", "200"),
+            ("127.0.0.1:15000", "/status", "200"),
+            ("[::1]:15000", "/status", "200"),
+            ("rebound.example:15000", "/status", "403"),
+            ("rebound.example:15000", "/metrics", "403"),
+            ("127.0.0.1.rebound.example", "/status", "403"),
+        ] {
+            let mut stream = TcpStream::connect(addr).await.unwrap();
+            let request = format!("GET {path} HTTP/1.1\r\nhost: {host}\r\nconnection: close\r\n\r\n");
+            stream.write_all(request.as_bytes()).await.unwrap();
+            let mut answer = String::new();
+            stream.read_to_string(&mut answer).await.unwrap();
+            assert!(answer.starts_with(&format!("HTTP/1.1 {status} ")), "{host}: {answer}");
+        }
+        stop.cancel();
+        running.await.unwrap();
+    }
+}

@@ -1,6 +1,6 @@
 //! The network configuration that the runtime writes to standard input.
 
-use super::{CniError, LATEST, VERSIONS};
+use super::{CniError, VERSIONS};
 use crate::{enroll::protocol::DEFAULT_SOCKET, net::links::is_pod_address};
 use serde::Deserialize;
 use serde_json::Value;
@@ -23,7 +23,6 @@ const MAX_TIMEOUT_SECONDS: u64 = 200;
 #[serde(rename_all = "camelCase")]
 pub struct Conf {
     /// `cniVersion`.
-    #[serde(default = "latest")]
     pub cni_version: String,
     /// `prevResult`: what the plugin before this one has made.
     #[serde(default)]
@@ -48,10 +47,6 @@ pub struct ValidAttachment {
     /// The container.
     #[serde(rename = "containerID")]
     pub container_id: String,
-}
-
-fn latest() -> String {
-    LATEST.to_owned()
 }
 
 fn default_socket() -> PathBuf {

@@ -10,6 +10,8 @@ pub mod conf;
 pub mod env;
 pub mod error;
 pub mod plugin;
+#[cfg(test)]
+mod tests;
 
 pub use error::CniError;
 pub use plugin::{Outcome, run};

@@ -15,6 +15,10 @@ pub mod pods;
 pub mod protocol;
 pub mod scan;
 pub mod server;
+#[cfg(test)]
+pub(crate) mod testing;
+#[cfg(test)]
+mod tests;
 
 pub use error::{CaptureError, EnrollError};
 pub use pods::{Added, Enroller, Limits, Phase, PodStatus};
