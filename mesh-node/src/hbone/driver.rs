@@ -2,14 +2,13 @@
 
 use super::{
     CONNECTION_WINDOW, MAX_CONNECTION_WINDOW, PING_INTERVAL, PING_TIMEOUT, STREAM_WINDOW,
+    fault::Fault,
     pool::{Closed, ConnShared},
 };
-use crate::tls::TlsReject;
 use bytes::Bytes;
 use h2::{Ping, PingPong, client};
 use std::{
     future::{Future, poll_fn},
-    io,
     pin::Pin,
     sync::Arc,
     task::{Context, Poll},
@@ -70,6 +69,7 @@ pub(super) fn window_for(streams: usize) -> u32 {
 /// an idle connection go.
 pub(super) async fn drive<IO>(
     mut connection: client::Connection<IO, Bytes>,
+    fault: Fault,
     shared: Arc<ConnShared>,
     sweep_every: Duration,
     mut sweep: impl FnMut(),
@@ -95,20 +95,11 @@ where
         }
         Pin::new(&mut connection).poll(cx).map(|result| match result {
             Ok(()) => Closed { detail: "the peer closed the connection".into(), tls: None },
-            Err(error) => closed(&error),
+            // A server that refuses our certificate says so only after the client's side of the handshake is done.
+            Err(error) => Closed { detail: error.to_string(), tls: fault.get().cloned() },
         })
     })
     .await
-}
-
-/// What an error of a whole connection means. The TLS layer's part in it is found here: a server that refuses our
-/// certificate says so only after the client's side of the handshake is done.
-fn closed(error: &h2::Error) -> Closed {
-    let tls = error
-        .get_io()
-        .filter(|io: &&io::Error| io.get_ref().is_some_and(|inner| inner.is::<rustls::Error>()))
-        .map(TlsReject::from_io);
-    Closed { detail: error.to_string(), tls }
 }
 
 #[cfg(test)]

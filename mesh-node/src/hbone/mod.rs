@@ -12,6 +12,7 @@
 
 mod driver;
 mod error;
+mod fault;
 mod headers;
 mod pool;
 mod server;

@@ -5,7 +5,7 @@
 
 use super::{
     CLIENT_STREAMS, CONNECTION_WINDOW, IDLE_TIMEOUT, MAX_FRAME, MAX_HEADER_LIST, SEND_BUFFER, STREAM_WINDOW,
-    driver, error::HboneError, headers::Connect, stream::HboneStream,
+    driver, error::HboneError, fault::Watched, headers::Connect, stream::HboneStream,
 };
 use crate::tls::{self, HANDSHAKE_TIMEOUT, LocalIdentity, Peer, TlsReject};
 use bytes::Bytes;
@@ -463,6 +463,7 @@ async fn dial<D: Dialer>(
     let (stream, peer) = tls::connect(tcp, local, &key.expected, to.ip(), limits.handshake_timeout)
         .await
         .map_err(tls_error)?;
+    let (stream, fault) = Watched::new(stream);
     let (send, connection) = h2::client::Builder::new()
         .initial_window_size(STREAM_WINDOW)
         .initial_connection_window_size(CONNECTION_WINDOW)
@@ -494,7 +495,7 @@ async fn dial<D: Dialer>(
         };
         let sweep_every = (idle / 4).max(Duration::from_millis(10));
         async move {
-            let closed = driver::drive(connection, shared.clone(), sweep_every, sweep).await;
+            let closed = driver::drive(connection, fault, shared.clone(), sweep_every, sweep).await;
             tracing::debug!(%to, detail = closed.detail, "tunnel connection ended");
             if let Some(pool) = pool.upgrade() {
                 pool.remove(id);

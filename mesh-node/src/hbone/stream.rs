@@ -131,12 +131,16 @@ pub struct RecvHalf {
 }
 
 impl RecvHalf {
-    /// The next piece, as the peer framed it; `None` after END_STREAM.
+    /// The next piece, as the peer framed it and never empty; `None` after END_STREAM.
     pub fn poll_data(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<Bytes>, StreamError>> {
-        match ready!(self.inner.poll_data(cx)) {
-            Some(Ok(data)) => Poll::Ready(Ok(Some(data))),
-            Some(Err(error)) => Poll::Ready(Err(error.into())),
-            None => Poll::Ready(Ok(None)),
+        loop {
+            return Poll::Ready(match ready!(self.inner.poll_data(cx)) {
+                // A bare END_STREAM comes as an empty piece before the end.
+                Some(Ok(data)) if data.is_empty() => continue,
+                Some(Ok(data)) => Ok(Some(data)),
+                Some(Err(error)) => Err(error.into()),
+                None => Ok(None),
+            });
         }
     }
 

@@ -8,6 +8,9 @@ use std::{
     sync::Arc,
 };
 
+/// Ports named by one workload's policies that are looked at one by one. Beyond it every port is strict.
+const MAX_PORTS: usize = 1024;
+
 /// What a policy set says about a connection.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Verdict {
@@ -169,7 +172,10 @@ impl PolicySet {
     pub fn strictness(&self) -> Strictness {
         let ports: BTreeSet<u16> =
             self.deny.iter().chain(&self.allow).flat_map(|e| ports_named(&e.policy.rules)).collect();
-        // Any port that no policy names stands for all of those; 0 is one unless the list is hostile.
+        if ports.len() > MAX_PORTS {
+            return Strictness { all: true, ports: BTreeMap::new() };
+        }
+        // Any port that no policy names stands for all of those.
         let other = (0..=u16::MAX).find(|port| !ports.contains(port));
         let all = other.is_none_or(|port| self.could_deny(port));
         let ports = ports.into_iter().map(|port| (port, self.could_deny(port)));

@@ -17,6 +17,8 @@ mod handshake;
 mod reject;
 #[cfg(test)]
 pub(crate) mod testca;
+#[cfg(test)]
+mod tests;
 mod verify;
 
 pub use cert::{CertCell, CertError, WorkloadCert};
