@@ -3,7 +3,14 @@
 //! Versions of resources are hashes of their content (see `mesh_xds::delta`), so a change of one endpoint is a change
 //! of one resource, whatever was computed again on the way. Deliberately absent: where any of it came from.
 
-use mesh_xds::model::{Authorization, Service, SpiffeId, Workload};
+use mesh_xds::{
+    convert::{
+        ADDRESS_TYPE, AUTHORIZATION_TYPE, WORKLOAD_TYPE, authorization_resource, service_resource,
+        workload_resources,
+    },
+    delta,
+    model::{Authorization, Service, SpiffeId, Workload},
+};
 use std::{
     collections::{BTreeMap, BTreeSet},
     sync::Arc,
@@ -19,7 +26,17 @@ pub struct Snapshot {
     policies: Table<Authorization>,
     /// Workload uids by node.
     by_node: BTreeMap<Arc<str>, BTreeSet<Arc<str>>>,
-    changed: bool,
+    /// The same as resources, encoded once and shared by all streams.
+    resources: Arc<delta::Snapshot>,
+    changed: BTreeSet<Changed>,
+}
+
+/// What has to be encoded again.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Changed {
+    Service(Arc<str>),
+    Workload(Arc<str>),
+    Policy(Arc<str>),
 }
 
 impl PartialEq for Snapshot {
@@ -47,6 +64,11 @@ impl Snapshot {
         &self.policies
     }
 
+    /// Everything in the form in which it is served.
+    pub fn resources(&self) -> &Arc<delta::Snapshot> {
+        &self.resources
+    }
+
     /// Whether a pod of the mesh with this identity runs on (or is bound to) the node. This is what limits a node to
     /// the certificates of its own pods.
     pub fn runs_on(&self, node: &str, identity: &SpiffeId) -> bool {
@@ -56,17 +78,23 @@ impl Snapshot {
     }
 
     pub(crate) fn put_service(&mut self, key: &str, service: Option<Service>) {
-        self.changed |= put(&mut self.services, key, service).0;
+        if put(&mut self.services, key, service).0 {
+            self.changed.insert(Changed::Service(key.into()));
+        }
     }
 
     pub(crate) fn put_policy(&mut self, key: &str, policy: Option<Authorization>) {
-        self.changed |= put(&mut self.policies, key, policy).0;
+        if put(&mut self.policies, key, policy).0 {
+            self.changed.insert(Changed::Policy(key.into()));
+        }
     }
 
     pub(crate) fn put_workload(&mut self, uid: &str, workload: Option<Workload>) {
         let node = workload.as_ref().map(|w| w.node.clone()).filter(|n| !n.is_empty());
         let (changed, old) = put(&mut self.workloads, uid, workload);
-        self.changed |= changed;
+        if changed {
+            self.changed.insert(Changed::Workload(uid.into()));
+        }
         let old_node = old.as_ref().map(|w| w.node.as_str()).filter(|n| !n.is_empty());
         if !changed || old_node == node.as_deref() {
             return;
@@ -84,9 +112,37 @@ impl Snapshot {
         }
     }
 
-    /// Whether anything has changed since the last call.
-    pub(crate) fn take_changed(&mut self) -> bool {
-        std::mem::take(&mut self.changed)
+    /// Encodes what has changed since the last call; false if nothing has.
+    pub(crate) fn seal(&mut self) -> bool {
+        let mut edit = self.resources.edit();
+        for changed in std::mem::take(&mut self.changed) {
+            match changed {
+                Changed::Service(key) => match self.services.get(&key) {
+                    Some(service) => edit.put(ADDRESS_TYPE, Arc::new(service_resource(service))),
+                    None => edit.remove(ADDRESS_TYPE, &key),
+                },
+                Changed::Policy(key) => match self.policies.get(&key) {
+                    Some(policy) => edit.put(AUTHORIZATION_TYPE, Arc::new(authorization_resource(policy))),
+                    None => edit.remove(AUTHORIZATION_TYPE, &key),
+                },
+                Changed::Workload(uid) => match self.workloads.get(&uid) {
+                    Some(workload) => {
+                        let (address, bare) = workload_resources(workload);
+                        edit.put(WORKLOAD_TYPE, Arc::new(bare));
+                        edit.put(ADDRESS_TYPE, Arc::new(address))
+                    }
+                    None => {
+                        edit.remove(WORKLOAD_TYPE, &uid);
+                        edit.remove(ADDRESS_TYPE, &uid)
+                    }
+                },
+            };
+        }
+        if !edit.changed() {
+            return false;
+        }
+        self.resources = Arc::new(edit.finish());
+        true
     }
 }
 

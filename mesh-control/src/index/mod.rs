@@ -117,6 +117,7 @@ impl Index {
         };
         let strict = peer_auth::static_strict(&index.settings.root_namespace);
         index.current.put_policy(&strict.key(), Some(strict.clone()));
+        index.current.seal();
         index.published = Arc::new(index.current.clone());
         index
     }
@@ -208,7 +209,7 @@ impl Index {
             let policy = self.build_peer_authentication(name);
             self.current.put_policy(&peer_auth::converted_name(name).to_string(), policy);
         }
-        if self.current.take_changed() {
+        if self.current.seal() {
             self.published = Arc::new(self.current.clone());
         }
         self.published.clone()
