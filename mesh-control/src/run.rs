@@ -9,7 +9,10 @@ use crate::{
     config::Config,
     engine::{Engine, Report, Step},
     report::Severity,
-    serve::{CertificateService, Current, LoopbackAdmit, ServerIdentity, TlsIncoming, TokenAdmit, plaintext, secure},
+    serve::{
+        CertificateService, Current, LoopbackAdmit, ServerIdentity, TlsIncoming, TokenAdmit, plaintext,
+        secure,
+    },
     source::file::Watch,
 };
 use anyhow::{Context, Result, anyhow};
@@ -19,7 +22,7 @@ use mesh_xds::{
     delta,
     grpc::{AdsServerConfig, AdsService},
 };
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+use std::{io::IsTerminal as _, net::SocketAddr, sync::Arc, time::Duration};
 use time::OffsetDateTime;
 use tokio::{
     net::TcpListener,
@@ -40,7 +43,10 @@ const DRAIN: Duration = Duration::from_secs(5);
 pub fn log_to_stderr(filter: &str, json: bool) -> Result<()> {
     let filter = tracing_subscriber::EnvFilter::try_new(filter)
         .with_context(|| format!("--log {filter:?}: write a level, or target=level pairs"))?;
-    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    let builder = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_ansi(std::io::stderr().is_terminal())
+        .with_writer(std::io::stderr);
     let done = if json { builder.json().try_init() } else { builder.try_init() };
     done.map_err(|e| anyhow!("logging cannot be set up: {e}"))
 }
@@ -60,9 +66,8 @@ struct Publisher {
 async fn serve(config: Config) -> Result<()> {
     let now = OffsetDateTime::now_utc();
     let tokens = Arc::new(TokenFile::open(&config.node_tokens)?);
-    let authority =
-        Authority::open(&config.data_dir, &config.settings.trust_domain, config.lifetimes, now)
-            .context("the certificate authority cannot start")?;
+    let authority = Authority::open(&config.data_dir, &config.settings.trust_domain, config.lifetimes, now)
+        .context("the certificate authority cannot start")?;
     let authority = Arc::new(authority);
     let identity = ServerIdentity::new(&authority, config.dns_names.clone(), config.ip_sans.clone(), now)?;
     let identity = Arc::new(identity);
@@ -93,8 +98,7 @@ async fn serve(config: Config) -> Result<()> {
     let discovery =
         AdsService::new(ads.clone(), TokenAdmit::new(tokens.clone()), publisher.resources.subscribe());
     let loopback = AdsService::new(ads, LoopbackAdmit, publisher.resources.subscribe());
-    let metrics =
-        Arc::new(Metrics::new(vec![("tls", discovery.stats()), ("plaintext", loopback.stats())]));
+    let metrics = Arc::new(Metrics::new(vec![("tls", discovery.stats()), ("plaintext", loopback.stats())]));
     metrics.configuration(&first);
     metrics.intermediate_expiry(authority.intermediate_not_after().unix_timestamp());
     log_report(&Report::default(), &first);
@@ -114,8 +118,7 @@ async fn serve(config: Config) -> Result<()> {
         let _ = stopped.changed().await;
     };
     let mut servers = JoinSet::new();
-    let certificates =
-        CertificateService::new(authority.clone(), tokens.clone(), current, metrics.clone());
+    let certificates = CertificateService::new(authority.clone(), tokens.clone(), current, metrics.clone());
     let incoming = TlsIncoming::new(xds, identity.server_config()?);
     let stop_secure = stopping(stopped.clone());
     servers.spawn(async move { Ok(secure(incoming, discovery, certificates, stop_secure).await?) });
@@ -179,7 +182,12 @@ async fn pages(
 }
 
 /// Takes a step whenever the directory may have changed.
-async fn follow(mut watch: Watch, mut engine: Engine, publisher: Publisher, metrics: Arc<Metrics>) -> Result<()> {
+async fn follow(
+    mut watch: Watch,
+    mut engine: Engine,
+    publisher: Publisher,
+    metrics: Arc<Metrics>,
+) -> Result<()> {
     loop {
         watch.changed().await;
         let step;
@@ -224,7 +232,9 @@ fn log_report(before: &Report, step: &Step) {
         tracing::info!("no longer: {problem}");
     }
     for name in report.fallbacks.iter().filter(|f| !before.fallbacks.contains(f)) {
-        tracing::error!("{name} is broken and no good version of it is known: it refuses connections until it is corrected");
+        tracing::error!(
+            "{name} is broken and no good version of it is known: it refuses connections until it is corrected"
+        );
     }
     tracing::info!(objects = ?report.objects, errors = report.count(Severity::Error), warnings = report.count(Severity::Warning), "configuration read");
 }
@@ -283,7 +293,9 @@ async fn renew(
                     tracing::info!(intermediate = renewed, server, %expiry, "own certificates renewed");
                 }
             }
-            Err(error) => tracing::error!("own certificates could not be renewed, next try in an hour: {error:#}"),
+            Err(error) => {
+                tracing::error!("own certificates could not be renewed, next try in an hour: {error:#}")
+            }
         }
     }
 }

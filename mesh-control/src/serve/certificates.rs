@@ -78,22 +78,24 @@ impl CertificateService {
             Ok(0) => None,
             Ok(seconds) => Some(Duration::from_secs(seconds)),
             Err(_) => {
-                let message = "validity_duration is negative; give seconds, or 0 for the longest that is allowed";
+                let message =
+                    "validity_duration is negative; give seconds, or 0 for the longest that is allowed";
                 return Err(invalid(message.into(), "validity"));
             }
         };
         let impersonated = impersonated(request.metadata.as_ref())
             .map_err(|message| invalid(message.into(), "impersonation_malformed"))?;
         let snapshot = self.current.load();
-        let identity = decide(caller, impersonated, &csr, self.authority.trust_domain(), &snapshot)
-            .map_err(|denied: Denied| Refusal {
+        let identity = decide(caller, impersonated, &csr, self.authority.trust_domain(), &snapshot).map_err(
+            |denied: Denied| Refusal {
                 reason: denied.reason(),
                 status: if denied.is_malformed() {
                     Status::invalid_argument(denied.to_string())
                 } else {
                     Status::permission_denied(denied.to_string())
                 },
-            })?;
+            },
+        )?;
         let issued = self.authority.sign(&csr, &identity, wanted, now).map_err(|error| {
             tracing::error!(%identity, error = &error as &dyn std::error::Error, "a certificate could not be signed");
             let message = "the certificate could not be signed; see mesh-control's log";
@@ -121,9 +123,14 @@ impl IstioCertificateService for CertificateService {
     ) -> Result<Response<IstioCertificateResponse>, Status> {
         let (metadata, _, request) = request.into_parts();
         let result = match self.caller(&metadata).await {
-            Ok(caller) => self
-                .sign(&caller, &request, OffsetDateTime::now_utc())
-                .inspect_err(|r| tracing::warn!(?caller, reason = r.reason, message = r.status.message(), "certificate refused")),
+            Ok(caller) => self.sign(&caller, &request, OffsetDateTime::now_utc()).inspect_err(|r| {
+                tracing::warn!(
+                    ?caller,
+                    reason = r.reason,
+                    message = r.status.message(),
+                    "certificate refused"
+                )
+            }),
             Err(refusal) => {
                 tracing::warn!(reason = refusal.reason, "certificate refused");
                 Err(refusal)

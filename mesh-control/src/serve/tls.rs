@@ -84,7 +84,7 @@ impl ServerIdentity {
         let key = PrivateKeyDer::from(PrivatePkcs8KeyDer::from(key.serialize_der()));
         let key = rustls::crypto::aws_lc_rs::sign::any_supported_type(&key)?;
         self.current.store(Some(Arc::new(CertifiedKey::new(chain, key))));
-        let half = (issued.not_after - now) / 2;
+        let half: time::Duration = (issued.not_after - now) / 2;
         self.due.store((now + half).unix_timestamp(), Ordering::Relaxed);
         Ok(())
     }
@@ -190,7 +190,11 @@ impl Connected for TlsConnection {
 }
 
 impl AsyncRead for TlsConnection {
-    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
         Pin::new(&mut self.stream).poll_read(cx, buf)
     }
 }
