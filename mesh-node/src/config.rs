@@ -175,11 +175,18 @@ impl Config {
         })
     }
 
-    /// The xDS node id in the form that Istio's control plane expects of a ztunnel.
-    pub fn node_id(&self, node_ip: &str) -> String {
-        let ns = &self.args.namespace;
-        let pod = self.args.pod_name.clone().unwrap_or_else(|| format!("mesh-node-{}", self.args.node_name));
-        format!("ztunnel~{node_ip}~{pod}.{ns}~{ns}.svc.cluster.local")
+    /// The name of this daemon's pod, for its xDS node id.
+    pub fn pod_name(&self) -> String {
+        self.args.pod_name.clone().unwrap_or_else(|| format!("mesh-node-{}", self.args.node_name))
+    }
+
+    /// The cgroup2 directory of this process, from /proc/self/cgroup (cgroups(7)).
+    pub fn own_cgroup() -> std::io::Result<PathBuf> {
+        let unknown = || std::io::Error::other("this process is in no cgroup2 hierarchy, or none is mounted");
+        let mount = find_cgroup2().ok_or_else(unknown)?;
+        let text = std::fs::read_to_string("/proc/self/cgroup")?;
+        let path = text.lines().find_map(|line| line.strip_prefix("0::")).ok_or_else(unknown)?;
+        Ok(mount.join(path.trim_start_matches('/')))
     }
 }
 

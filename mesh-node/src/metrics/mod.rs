@@ -26,6 +26,7 @@ use prometheus_client::{
 };
 use sampled::Sampler;
 use std::{
+    collections::BTreeMap,
     fmt,
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
@@ -86,6 +87,8 @@ pub struct Metrics {
     registry: Mutex<Registry>,
     tcp: Arc<tcp::TcpMetrics>,
     refusals: Family<Refusal, Counter>,
+    /// The same, to be read back: a family cannot be walked.
+    refusal_totals: Mutex<BTreeMap<(&'static str, &'static str), u64>>,
     enroll: Family<Operation, Counter>,
     enroll_seconds: Histogram,
     reconciles: Family<Outcome, Counter>,
@@ -129,6 +132,7 @@ impl Metrics {
         let m = Self {
             tcp,
             refusals: Family::default(),
+            refusal_totals: Mutex::default(),
             enroll: Family::default(),
             enroll_seconds,
             reconciles: Family::default(),
@@ -188,6 +192,14 @@ impl Metrics {
     /// Counts a refused connection; `reason` is from a fixed set.
     pub fn refused(&self, direction: Direction, reason: &'static str) {
         self.refusals.get_or_create(&Refusal { direction: direction.as_str(), reason }).inc();
+        let mut totals = self.refusal_totals.lock().unwrap_or_else(PoisonError::into_inner);
+        *totals.entry((direction.as_str(), reason)).or_default() += 1;
+    }
+
+    /// Refused connections since the start, by direction and reason.
+    pub fn refusals(&self) -> Vec<((&'static str, &'static str), u64)> {
+        let totals = self.refusal_totals.lock().unwrap_or_else(PoisonError::into_inner);
+        totals.iter().map(|(key, n)| (*key, *n)).collect()
     }
 
     /// Counts an enrolment operation (`add`, `del`, `check`, `scan`, ...); both strings are from fixed sets.

@@ -67,7 +67,9 @@ fn decide(workload: &Workload) -> Membership {
 impl Mesh for NodeMesh {
     fn membership(&self, pod: &PodInfo) -> Membership {
         match self.find(pod) {
-            Some(workload) => decide(&workload),
+            // Until the first configuration is complete, a pod's policies may be missing.
+            Some(workload) if self.synced.load(Ordering::Acquire) => decide(&workload),
+            Some(_) => Membership::Unknown,
             None if self.exempt.contains(&pod.namespace) => Membership::Leave(LeaveReason::NotInMesh),
             None => Membership::Unknown,
         }

@@ -3,5 +3,10 @@
 mod direct;
 mod listeners;
 mod mesh;
+pub mod node;
 mod reconcile;
+mod view;
 mod workers;
+mod xds;
+
+pub use view::LogFilter;

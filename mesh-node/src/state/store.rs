@@ -110,6 +110,11 @@ impl Store {
         Staged { additions, complete: Arc::new(world) }
     }
 
+    /// Wakes the subscribers although nothing was published: something else that they look at has changed.
+    pub fn wake(&self) {
+        self.changed.send_modify(|_| ());
+    }
+
     /// Makes a world the current one and wakes the subscribers.
     pub fn publish(&self, world: Arc<World>) {
         let generation = world.generation();

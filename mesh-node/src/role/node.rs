@@ -1,0 +1,363 @@
+//! The node daemon: puts the parts together, runs until SIGTERM, and takes them apart.
+
+use super::{
+    direct::DirectMetrics,
+    listeners::Handlers,
+    mesh::NodeMesh,
+    reconcile::{InStep, QUEUE, Reconcile},
+    view::{LogFilter, View},
+    workers::Workers,
+    xds,
+};
+use crate::{
+    admin::server::{Endpoint, admin_router, bind, stats_router},
+    bpf::{Datapath, DenyEvent, LoadOptions},
+    config::Config,
+    drain::Drain,
+    enroll::{self, Enroller, Limits, scan::ScanConfig},
+    hbone::{Pool, PoolLimits},
+    identity::{CertManager, CertOptions, IstioCa, TokenFile},
+    inbound::Inbound,
+    local::SharedLocals,
+    metrics::{Direction, Metrics, Sample},
+    net::{self, NetNs},
+    outbound::{Affinity, Outbound},
+    outcome::chain,
+    plan::NodeView,
+    state::Store,
+};
+use anyhow::Context;
+use arc_swap::ArcSwap;
+use mesh_xds::grpc::AdsClient;
+use std::{
+    net::{IpAddr, Ipv4Addr},
+    path::Path,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+        mpsc,
+    },
+    time::{Duration, Instant},
+};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::sync::CancellationToken;
+
+/// How often direct connections are counted between scrapes, before the kernel's table may evict rows.
+const COUNT_DIRECT: Duration = Duration::from_secs(15);
+
+/// Runs the daemon until SIGTERM or SIGINT.
+pub fn run(config: Config, log: LogFilter) -> anyhow::Result<()> {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .thread_name("control")
+        .enable_all()
+        .build()
+        .context("cannot start the control runtime")?;
+    runtime.block_on(serve(config, log))
+}
+
+async fn serve(config: Config, log: LogFilter) -> anyhow::Result<()> {
+    let started = Instant::now();
+    let metrics = Arc::new(Metrics::default());
+    let store = Arc::new(Store::default());
+    let locals = SharedLocals::default();
+    let node = Arc::new(ArcSwap::from_pointee(NodeView {
+        name: config.args.node_name.clone(),
+        ..NodeView::default()
+    }));
+    let drain = Drain::default();
+    let stop = CancellationToken::new();
+
+    let mut datapath = load(&config)?;
+    let (events, logs) = (datapath.take_events(), datapath.take_logs());
+    let meta = datapath.sockets();
+    let datapath = Arc::new(Mutex::new(datapath));
+    if let Some(logs) = logs {
+        tokio::spawn(logs);
+    }
+    if let Some(events) = events {
+        let (locals, metrics) = (locals.clone(), metrics.clone());
+        tokio::spawn(events.run(move |event| denied(&locals, &metrics, &event)));
+    }
+
+    let token = TokenFile(config.args.token_file.clone());
+    let ca = IstioCa::new(xds::channel(&config)?, Some(token.clone()), &config.args.cluster_id)?;
+    let options = CertOptions { ttl: config.cert_ttl, ..CertOptions::default() };
+    let certs = Arc::new(CertManager::new(Arc::new(ca), options));
+
+    let workers = Workers::start(config.workers).context("cannot start the workers")?;
+    let pools: Vec<Pool> = (0..workers.len()).map(|_| Pool::new(PoolLimits::default())).collect();
+    let inbound = Inbound {
+        store: store.clone(),
+        locals: locals.clone(),
+        metrics: metrics.clone(),
+        meta: meta.clone(),
+        drain: drain.clone(),
+    };
+    let outbound = Outbound {
+        store: store.clone(),
+        locals: locals.clone(),
+        node: node.clone(),
+        metrics: metrics.clone(),
+        meta,
+        affinity: Arc::new(Affinity::default()),
+        inbound: inbound.clone(),
+        drain: drain.clone(),
+    };
+    let affinity = outbound.affinity.clone();
+    let handlers = Arc::new(Handlers { workers, pools, outbound, inbound });
+
+    let (commands, queue) = mpsc::sync_channel(QUEUE);
+    let in_step = Arc::new(ArcSwap::from_pointee(InStep::default()));
+    let reconcile = Reconcile {
+        datapath: datapath.clone(),
+        store: store.clone(),
+        locals: locals.clone(),
+        node,
+        handlers: handlers.clone(),
+        certs: certs.clone(),
+        metrics: metrics.clone(),
+        in_step: in_step.clone(),
+        node_name: config.args.node_name.clone(),
+        runtime: tokio::runtime::Handle::current(),
+        connection_limit: config.args.max_connections_per_pod,
+    };
+    let reconciler =
+        std::thread::Builder::new().name("reconcile".into()).spawn(move || reconcile.run(&queue))?;
+
+    let synced = Arc::new(AtomicBool::new(false));
+    let mesh = Arc::new(NodeMesh {
+        store: store.clone(),
+        locals: locals.clone(),
+        commands: commands.clone(),
+        in_step: in_step.clone(),
+        synced: synced.clone(),
+        exempt: config.args.exempt_namespaces.clone(),
+    });
+    let enroller = Enroller::new(mesh.clone(), metrics.clone(), Limits::default())?;
+
+    let rejected = xds::Rejected::default();
+    let handler = xds::IntoStore { commands, rejected: rejected.clone(), metrics: metrics.clone() };
+    let transport = xds::ControlPlane { config: config.clone(), token };
+    let (client, _demand, ads) = AdsClient::new(xds::ads_config(&config, node_ip()), transport, handler);
+    let client = tokio::spawn(client.run(stop.clone().cancelled_owned()));
+
+    let view = Arc::new(View {
+        started,
+        direct: DirectMetrics::new(store.clone(), locals.clone(), metrics.clone()),
+        store,
+        locals,
+        enroller: enroller.clone(),
+        certs: certs.clone(),
+        datapath: datapath.clone(),
+        in_step,
+        ads: ads.clone(),
+        rejected,
+        metrics: metrics.clone(),
+        log,
+        config: config.clone(),
+    });
+    sampled(&metrics, &view, &handlers, &affinity);
+    servers(&config, &view, &stop)?;
+    tokio::spawn(follow_sync(ads, synced, mesh.clone()));
+    tokio::spawn(count_direct(view.clone(), stop.clone()));
+    let cni =
+        net::unix::listen(&config.args.run_dir.join("cni.sock")).context("cannot listen for mesh-cni")?;
+    let cni = tokio::spawn(enroll::server::serve(cni, enroller.clone(), stop.clone()));
+    let scan = ScanConfig {
+        cgroup_root: config.cgroup_root.clone(),
+        pods_cgroup: config.args.pods_cgroup.clone(),
+        ..ScanConfig::default()
+    };
+    let found = enroller.scan(&scan).await.context("cannot look for running pods")?;
+    let following = tokio::spawn({
+        let (enroller, stop) = (enroller.clone(), stop.clone());
+        async move { enroller.run(Path::new("/proc"), stop).await }
+    });
+    tracing::info!(node = config.args.node_name, pods = found, took = ?started.elapsed(), "running");
+
+    terminated().await?;
+    tracing::info!("stopping");
+    drain.begin.cancel();
+    stop.cancel();
+    let _ = tokio::join!(client, cni, following);
+    wind_down(&config, &handlers, &drain, &datapath).await;
+    drop((view, enroller, mesh));
+    // The reconcile thread ends when the last sender of commands is gone; it holds nothing that must be waited for.
+    drop(reconciler);
+    tracing::info!("stopped");
+    Ok(())
+}
+
+fn load(config: &Config) -> anyhow::Result<Datapath> {
+    let options = LoadOptions {
+        cgroup_root: config.cgroup_root.clone(),
+        pin_dir: config.args.pin_dir.clone(),
+        daemon_cgroup: Config::own_cgroup().context("cannot find the daemon's cgroup")?,
+        pods_cgroup: config.args.pods_cgroup.clone(),
+        host_netns_cookie: NetNs::current()?.cookie(),
+    };
+    Datapath::load(&options).context("cannot load the BPF programs; `mesh-node check` tells what is missing")
+}
+
+/// Stops the capture, so that new connections go where they went without the mesh, then lets the open ones end.
+async fn wind_down(config: &Config, handlers: &Handlers, drain: &Drain, datapath: &Mutex<Datapath>) {
+    if let Err(error) = datapath.lock().unwrap_or_else(PoisonError::into_inner).unload() {
+        tracing::error!(error = %chain(&error), "the BPF programs could not be detached");
+    }
+    handlers.pools.iter().for_each(Pool::drain);
+    let idle = async {
+        while handlers.workers.active().iter().sum::<usize>() > 0 {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    if tokio::time::timeout(config.drain, idle).await.is_err() {
+        tracing::warn!(open = ?handlers.workers.active(), "ending the connections that are still open");
+        drain.force.cancel();
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+}
+
+fn servers(config: &Config, view: &Arc<View>, stop: &CancellationToken) -> anyhow::Result<()> {
+    let admin_socket = Endpoint::Unix(config.args.run_dir.join("admin.sock"));
+    let all = [
+        ("metrics", Endpoint::Tcp(config.args.metrics_addr), stats_router(view.clone())),
+        ("admin", Endpoint::Tcp(config.args.admin_addr), admin_router(view.clone())),
+        ("admin", admin_socket, admin_router(view.clone())),
+    ];
+    for (what, endpoint, router) in all {
+        tokio::spawn(bind(what, &endpoint, router, stop.clone())?);
+    }
+    Ok(())
+}
+
+/// Metrics that are read when they are asked for.
+fn sampled(metrics: &Arc<Metrics>, view: &Arc<View>, handlers: &Arc<Handlers>, affinity: &Arc<Affinity>) {
+    let weak = Arc::downgrade(view);
+    metrics.sample_counters(
+        "nodemesh_kernel_outcomes",
+        "Connects and datagrams by what the kernel did",
+        move || {
+            let counters = weak.upgrade().map(|view| view.counters()).unwrap_or_default();
+            counters.into_iter().map(|c| Sample::new([("outcome", c.name.as_str())], c.value)).collect()
+        },
+    );
+    let weak = Arc::downgrade(view);
+    metrics.sample_gauges("nodemesh_ready", "1 when configuration and kernel are in step", move || {
+        let ready = weak.upgrade().is_some_and(|view| view.not_ready().is_empty());
+        vec![Sample::new([], f64::from(u8::from(ready)))]
+    });
+    let weak = Arc::downgrade(view);
+    metrics.sample_gauges(
+        "nodemesh_xds_connected",
+        "1 while there is a stream to the control plane",
+        move || {
+            let connected = weak.upgrade().is_some_and(|view| view.ads.borrow().connected);
+            vec![Sample::new([], f64::from(u8::from(connected)))]
+        },
+    );
+    let weak = Arc::downgrade(view);
+    metrics.sample_gauges(
+        "nodemesh_certificate_expires_seconds",
+        "Time that is left, by identity",
+        move || {
+            let pods = weak.upgrade().map(|view| view.enrolled()).unwrap_or_default();
+            let mut samples = vec![];
+            for pod in pods {
+                if let Some(certificate) = pod.certificate {
+                    #[expect(clippy::cast_precision_loss, reason = "seconds")]
+                    let left = certificate.expires_in_seconds as f64;
+                    samples.push(Sample::new([("identity", pod.identity.as_str())], left));
+                }
+            }
+            samples.dedup_by(|a, b| a == b);
+            samples
+        },
+    );
+    let weak = Arc::downgrade(handlers);
+    metrics.sample_gauges("nodemesh_worker_connections", "Live connections by worker", move || {
+        let active = weak.upgrade().map(|h| h.workers.active()).unwrap_or_default();
+        #[expect(clippy::cast_precision_loss, reason = "connections")]
+        let sample =
+            |(n, active): (usize, usize)| Sample::new([("worker", n.to_string().as_str())], active as f64);
+        active.into_iter().enumerate().map(sample).collect()
+    });
+    let weak = Arc::downgrade(handlers);
+    metrics.sample_gauges(
+        "nodemesh_tunnels",
+        "HBONE connections and streams of the client pools",
+        move || {
+            let stats = weak
+                .upgrade()
+                .map(|h| h.pools.iter().map(Pool::stats).collect::<Vec<_>>())
+                .unwrap_or_default();
+            #[expect(clippy::cast_precision_loss, reason = "connections")]
+            let sum = |f: fn(&crate::hbone::PoolStats) -> u64| stats.iter().map(f).sum::<u64>() as f64;
+            vec![
+                Sample::new([("state", "connection")], sum(|s| s.connections)),
+                Sample::new([("state", "stream")], sum(|s| s.streams)),
+                Sample::new([("state", "dialing")], sum(|s| s.dialing)),
+            ]
+        },
+    );
+    let weak = Arc::downgrade(affinity);
+    #[expect(clippy::cast_precision_loss, reason = "at most 65,536")]
+    metrics.sample_gauges(
+        "nodemesh_affinity_entries",
+        "Clients with session affinity in the daemon",
+        move || vec![Sample::new([], weak.upgrade().map_or(0.0, |a| a.len() as f64))],
+    );
+}
+
+/// Opens the gate for enrolment once the first full configuration is there.
+async fn follow_sync(
+    mut ads: tokio::sync::watch::Receiver<mesh_xds::grpc::AdsStatus>,
+    synced: Arc<AtomicBool>,
+    mesh: Arc<NodeMesh>,
+) {
+    if ads.wait_for(|status| status.synced).await.is_ok() {
+        synced.store(true, Ordering::Release);
+        mesh.store.wake();
+        tracing::info!("the whole configuration is in force");
+    }
+}
+
+async fn count_direct(view: Arc<View>, stop: CancellationToken) {
+    let mut tick = tokio::time::interval(COUNT_DIRECT);
+    while stop.run_until_cancelled(tick.tick()).await.is_some() {
+        view.count_direct();
+    }
+}
+
+/// A denial in the kernel, in the access log and in the metrics.
+fn denied(locals: &SharedLocals, metrics: &Metrics, event: &DenyEvent) {
+    let pod = locals.load().by_cookie(event.cookie).map(|p| p.name.to_string()).unwrap_or_default();
+    let direction = if event.inbound { Direction::Inbound } else { Direction::Outbound };
+    metrics.refused(direction, event.reason.label());
+    tracing::warn!(
+        target: "access",
+        direction = direction.as_str(),
+        src.addr = %event.src.map(|a| a.to_string()).unwrap_or_default(),
+        pod,
+        dst.addr = %event.dst,
+        protocol = ?event.proto,
+        reason = event.reason.label(),
+        pid = event.pid.unwrap_or_default(),
+        "denied in the kernel"
+    );
+}
+
+async fn terminated() -> anyhow::Result<()> {
+    let (mut term, mut int) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    tokio::select! {
+        _ = term.recv() => {}
+        _ = int.recv() => {}
+    }
+    Ok(())
+}
+
+/// This node's address for the xDS node id, which is informational: the first one that is not loopback.
+fn node_ip() -> IpAddr {
+    let addrs = NetNs::current().ok().and_then(|ns| ns.addresses().ok()).unwrap_or_default();
+    addrs.into_iter().next().unwrap_or(IpAddr::V4(Ipv4Addr::LOCALHOST))
+}

@@ -1,0 +1,191 @@
+//! Configuration from the control plane: the secured channel, and xDS resources on their way into the store.
+
+use super::reconcile::Command;
+use crate::{config::Config, identity::TokenFile, metrics::Metrics, outcome::chain, state::Batch};
+use arc_swap::ArcSwap;
+use mesh_xds::{
+    convert::{ADDRESS_TYPE, AUTHORIZATION_TYPE, Address, Note, decode_address, decode_authorization},
+    delta::{Changes, Received, Rejection, Subscription},
+    grpc::{AdsConfig, Handler, Transport, TransportError, tune},
+    model::Locality,
+    node::{NodeId, NodeInfo},
+};
+use std::{
+    collections::BTreeMap,
+    net::IpAddr,
+    path::PathBuf,
+    sync::{Arc, mpsc::SyncSender},
+    time::Duration,
+};
+use tokio::sync::oneshot;
+use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint};
+
+/// Resources that are refused now, by name, with the reason.
+pub type Rejected = Arc<ArcSwap<BTreeMap<String, String>>>;
+
+/// Why there is no channel to the control plane.
+#[derive(Debug, thiserror::Error)]
+pub enum ChannelError {
+    /// The roots cannot be read.
+    #[error("cannot read the control plane's roots from {path:?} (--xds-root-ca)")]
+    Roots {
+        /// The file.
+        path: PathBuf,
+        /// The system's error.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The address or the roots make no sense.
+    #[error("cannot make a channel to the control plane at {address} (--xds-address)")]
+    Endpoint {
+        /// The address.
+        address: String,
+        /// Why.
+        #[source]
+        source: tonic::transport::Error,
+    },
+}
+
+/// A TLS channel to the control plane that connects when it is first used.
+pub fn channel(config: &Config) -> Result<Channel, ChannelError> {
+    let path = &config.args.xds_root_ca;
+    let roots = std::fs::read(path).map_err(|source| ChannelError::Roots { path: path.clone(), source })?;
+    let address = config.args.xds_address.clone();
+    let wrong = |source| ChannelError::Endpoint { address: address.clone(), source };
+    let tls = ClientTlsConfig::new()
+        .ca_certificate(Certificate::from_pem(roots))
+        .domain_name(config.xds_server_name.clone());
+    let endpoint = Endpoint::from_shared(format!("https://{address}")).map_err(wrong)?;
+    let endpoint = tune(endpoint).connect_timeout(Duration::from_secs(10)).tls_config(tls).map_err(wrong)?;
+    Ok(endpoint.connect_lazy())
+}
+
+/// Opens a channel of its own for each stream, so that rotated roots are read again.
+pub struct ControlPlane {
+    /// Where and with what.
+    pub config: Config,
+    /// This node's token.
+    pub token: TokenFile,
+}
+
+impl Transport for ControlPlane {
+    type Service = Channel;
+
+    async fn connect(&mut self) -> Result<Channel, TransportError> {
+        Ok(channel(&self.config)?)
+    }
+
+    async fn token(&mut self) -> Result<Option<String>, TransportError> {
+        let bearer = self.token.bearer().await?;
+        let text = bearer.to_str()?;
+        Ok(Some(text.strip_prefix("Bearer ").unwrap_or(text).to_owned()))
+    }
+}
+
+/// What this node asks for: all workloads, services and policies, as an ambient node does in Istio.
+pub fn ads_config(config: &Config, node_ip: IpAddr) -> AdsConfig {
+    let info = NodeInfo {
+        id: NodeId {
+            kind: "ztunnel".to_owned(),
+            ip: node_ip,
+            pod: config.pod_name(),
+            namespace: config.args.namespace.clone(),
+            domain: format!("{}.svc.cluster.local", config.args.namespace),
+        },
+        node_name: config.args.node_name.clone(),
+        cluster_id: config.args.cluster_id.clone(),
+        locality: Locality::default(),
+        extensions: true,
+    };
+    // Policies come first: a workload must not be served a moment without the ones that bind it.
+    let subscriptions = vec![Subscription::all(AUTHORIZATION_TYPE), Subscription::all(ADDRESS_TYPE)];
+    AdsConfig { cluster_id: config.args.cluster_id.clone(), ..AdsConfig::new(info.to_wire(), subscriptions) }
+}
+
+/// Decodes resources and passes them to the reconcile thread.
+pub struct IntoStore {
+    /// The reconcile thread's queue.
+    pub commands: SyncSender<Command>,
+    /// What is refused now.
+    pub rejected: Rejected,
+    /// Metrics.
+    pub metrics: Arc<Metrics>,
+}
+
+impl IntoStore {
+    fn note(name: &str, notes: &[Note]) {
+        for note in notes {
+            tracing::warn!(resource = name, %note, "a resource says something that is not understood");
+        }
+    }
+
+    fn decode(&self, batch: &mut Batch, type_url: &str, resource: &Received) -> Result<(), String> {
+        let name = resource.name.as_str();
+        match type_url {
+            ADDRESS_TYPE => {
+                let decoded = decode_address(name, &resource.body).map_err(|e| chain(&e))?;
+                Self::note(name, &decoded.notes);
+                match decoded.value {
+                    Address::Workload(workload) => batch.workloads.push(*workload),
+                    Address::Service(service) => batch.services.push(*service),
+                }
+            }
+            AUTHORIZATION_TYPE => {
+                let decoded = decode_authorization(name, &resource.body).map_err(|e| chain(&e))?;
+                Self::note(name, &decoded.notes);
+                batch.policies.push(decoded.value);
+            }
+            other => return Err(format!("type {other} was not asked for")),
+        }
+        Ok(())
+    }
+
+    fn remember(&self, changes: &Changes, rejections: &[Rejection]) {
+        let mut rejected = BTreeMap::clone(&self.rejected.load());
+        let before = rejected.len();
+        for resource in &changes.resources {
+            rejected.remove(&resource.name);
+        }
+        for name in &changes.removed {
+            rejected.remove(name);
+        }
+        for rejection in rejections {
+            tracing::warn!(resource = rejection.name, reason = rejection.reason, "refused a resource");
+            rejected.insert(rejection.name.clone(), rejection.reason.clone());
+        }
+        if before != 0 || !rejections.is_empty() {
+            self.rejected.store(Arc::new(rejected));
+        }
+    }
+}
+
+impl Handler for IntoStore {
+    async fn apply(&mut self, changes: Changes) -> Vec<Rejection> {
+        let mut batch = Batch::default();
+        let mut rejections = vec![];
+        for resource in &changes.resources {
+            if let Err(reason) = self.decode(&mut batch, &changes.type_url, resource) {
+                rejections.push(Rejection { name: resource.name.clone(), reason });
+            }
+        }
+        let kind = if changes.type_url == ADDRESS_TYPE { "address" } else { "authorization" };
+        let removed = match kind {
+            "address" => &mut batch.removed_addresses,
+            _ => &mut batch.removed_policies,
+        };
+        removed.clone_from(&changes.removed);
+        let accepted = changes.resources.len() - rejections.len();
+        self.metrics.xds_resources(kind, "accepted", accepted as u64);
+        self.metrics.xds_resources(kind, "rejected", rejections.len() as u64);
+        self.metrics.xds_resources(kind, "removed", changes.removed.len() as u64);
+        self.remember(&changes, &rejections);
+        let (done, applied) = oneshot::channel();
+        let commands = self.commands.clone();
+        let sent = tokio::task::spawn_blocking(move || commands.send(Command::Batch(batch, done))).await;
+        if matches!(sent, Ok(Ok(()))) {
+            // An error means that the daemon is ending; the answer does not matter any more.
+            let _ = applied.await;
+        }
+        rejections
+    }
+}
