@@ -86,9 +86,10 @@ fn command(command: Command) -> anyhow::Result<ExitCode> {
             Ok(ExitCode::SUCCESS)
         }
         Command::Check => {
-            let report = check::run();
-            print!("{report}");
-            Ok(if report.good() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+            let findings = check::check(&check::CheckConfig::default());
+            print!("{}", check::render(&findings));
+            let good = findings.iter().all(|finding| finding.result.is_ok());
+            Ok(if good { ExitCode::SUCCESS } else { ExitCode::FAILURE })
         }
     }
 }

@@ -421,7 +421,7 @@ impl Datapath {
     }
 
     /// Ends the capture: detaches everything and removes the pins.
-    pub fn unload(mut self) -> Result<(), BpfError> {
+    pub fn unload(&mut self) -> Result<(), BpfError> {
         let cookies: Vec<u64> = self.inbound_links.keys().copied().collect();
         for cookie in cookies {
             self.detach_inbound(cookie)?;

@@ -81,7 +81,7 @@ impl Handlers {
             match TcpStream::from_std(stream) {
                 Ok(stream) => this.serve(index, pod, kind, stream, client).await,
                 Err(error) => {
-                    tracing::warn!(pod = %pod.name, %error, "a connection could not change workers")
+                    tracing::warn!(pod = %pod.name, %error, "a connection could not change workers");
                 }
             }
         });

@@ -43,9 +43,9 @@ impl NodeMesh {
     async fn send<T>(&self, command: Command, answer: oneshot::Receiver<T>) -> Result<T, CaptureError> {
         let commands = self.commands.clone();
         // The queue is bounded and its reader quick, but a full one must not block this runtime.
-        let sent = tokio::task::spawn_blocking(move || commands.send(command)).await;
+        let sent = tokio::task::spawn_blocking(move || commands.send(command).is_ok()).await;
         match sent {
-            Ok(Ok(())) => answer.await.map_err(|_| CaptureError::ShuttingDown),
+            Ok(true) => answer.await.map_err(|_| CaptureError::ShuttingDown),
             _ => Err(CaptureError::ShuttingDown),
         }
     }

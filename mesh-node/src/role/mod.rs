@@ -1,12 +1,12 @@
 //! What a process of this crate does as a whole: the node daemon. Wiring only.
 
-mod direct;
-mod listeners;
-mod mesh;
+pub mod direct;
+pub mod listeners;
+pub mod mesh;
 pub mod node;
-mod reconcile;
-mod view;
-mod workers;
-mod xds;
+pub mod reconcile;
+pub mod view;
+pub mod workers;
+pub mod xds;
 
 pub use view::LogFilter;

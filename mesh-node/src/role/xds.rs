@@ -181,8 +181,9 @@ impl Handler for IntoStore {
         self.remember(&changes, &rejections);
         let (done, applied) = oneshot::channel();
         let commands = self.commands.clone();
-        let sent = tokio::task::spawn_blocking(move || commands.send(Command::Batch(batch, done))).await;
-        if matches!(sent, Ok(Ok(()))) {
+        let sent =
+            tokio::task::spawn_blocking(move || commands.send(Command::Batch(batch, done)).is_ok()).await;
+        if matches!(sent, Ok(true)) {
             // An error means that the daemon is ending; the answer does not matter any more.
             let _ = applied.await;
         }
