@@ -498,3 +498,40 @@ fn service_accounts_and_dry_run() {
     let got = read(&dry);
     assert_eq!((got.value.action, got.value.rules.len(), got.notes.len()), (Action::Deny, 0, 1));
 }
+
+#[test]
+fn resources_are_named_and_found_like_istios() {
+    let any = address(pb::address::Type::Workload(good_workload()));
+    let Address::Workload(w) = decode_address("c1//Pod/shop/cart", &any).unwrap().value else {
+        panic!("a service")
+    };
+    let (full, bare) = workload_resources(&w);
+    assert_eq!(&*full.name, "c1//Pod/shop/cart");
+    assert_eq!(full.aliases, ["/10.0.0.1".into()]);
+    assert_eq!((&full.name, &full.aliases, full.audience), (&bare.name, &bare.aliases, bare.audience));
+    assert_eq!(full.audience, crate::delta::Audience::Everyone);
+    assert_eq!(decode_address(&full.name, &full.body).unwrap().value, Address::Workload(w.clone()));
+    assert_eq!(decode_workload(&bare.name, &bare.body).unwrap().value, *w);
+    // A pod that has no address yet is for those who know what to do with it; one on its host's has no alias.
+    let waiting = Workload { addresses: vec![], ..(*w).clone() };
+    assert_eq!(workload_resources(&waiting).0.audience, crate::delta::Audience::Nodemesh);
+    assert_eq!(workload_resources(&waiting).1.audience, crate::delta::Audience::Nodemesh);
+    let host = Workload { host_network: true, ..*w };
+    assert!(workload_resources(&host).0.aliases.is_empty());
+
+    let any = address(pb::address::Type::Service(pb::Service {
+        addresses: vec![pb::NetworkAddress { network: "n".into(), address: vec![10, 1, 0, 1].into() }],
+        ..good_service()
+    }));
+    let Address::Service(s) = decode_address("shop/cart.shop", &any).unwrap().value else {
+        panic!("a workload")
+    };
+    let got = service_resource(&s);
+    assert_eq!((&*got.name, got.aliases.as_slice()), ("shop/cart.shop", ["n/10.1.0.1".into()].as_slice()));
+    assert_eq!(decode_address(&got.name, &got.body).unwrap().value, Address::Service(s));
+
+    let a = read(&one_rule(sec::Action::Deny, good_match())).value;
+    let got = authorization_resource(&a);
+    assert_eq!((&*got.name, got.aliases.len()), ("shop/p", 0));
+    assert_eq!(decode_authorization(&got.name, &got.body).unwrap().value, a);
+}

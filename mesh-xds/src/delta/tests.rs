@@ -269,6 +269,66 @@ fn a_refused_resource_harms_no_other_and_is_not_sent_again_until_it_changes() {
 }
 
 #[test]
+fn a_refused_version_that_comes_back_is_still_refused() {
+    let mut sim = all();
+    sim.put("a", "bad");
+    sim.connect();
+    sim.settle();
+    assert_eq!(sim.take(), ["a"]);
+    // Replaced, which has to wait, and put back before the wait is over.
+    sim.put("a", "good");
+    sim.step();
+    sim.put("a", "bad");
+    sim.settle();
+    assert!(sim.take().is_empty());
+    assert!(sim.server.as_ref().unwrap().next_wakeup().is_none());
+}
+
+#[test]
+fn what_changes_while_a_refusal_is_on_its_way_waits_or_stays_away_too() {
+    for (meanwhile, want) in [(["bad 2", "bad 3"], 1), (["good", "bad"], 0)] {
+        let mut sim = all();
+        sim.connect();
+        sim.settle();
+        sim.put("a", "bad");
+        let open = sim.server.as_mut().unwrap().poll(sim.now).unwrap();
+        meanwhile.iter().for_each(|content| sim.put("a", content));
+        sim.to_client.push_back(open);
+        let before = sim.now;
+        while sim.step() {}
+        assert_eq!(sim.take(), ["a"], "{meanwhile:?}: nothing more at once");
+        sim.settle();
+        assert_eq!(sim.take().len(), want, "{meanwhile:?}");
+        assert_eq!(sim.now > before, want > 0);
+    }
+}
+
+#[test]
+fn a_removal_is_not_held_back_by_a_refusal() {
+    let mut sim = all();
+    sim.put("a", "good");
+    sim.connect();
+    sim.settle();
+    sim.put("a", "bad");
+    let open = sim.server.as_mut().unwrap().poll(sim.now).unwrap();
+    sim.edit(|e| assert!(e.remove(T, "a")));
+    sim.to_client.push_back(open);
+    while sim.step() {}
+    sim.check(|_| true);
+}
+
+#[test]
+fn a_resource_that_is_asked_for_by_name_and_alias_comes_once() {
+    let mut sim = Sim::new(Subscription::on_demand(T));
+    sim.edit(|e| _ = e.put(T, resource("a", "1", Some("n/1"))));
+    sim.connect();
+    sim.settle();
+    sim.to_server.extend(sim.client.subscribe(T, &["a".to_owned(), "n/1".to_owned()]));
+    sim.settle();
+    assert_eq!((sim.take(), sim.client.nacks()), (vec!["a".to_owned()], 0));
+}
+
+#[test]
 fn a_resource_that_is_refused_again_and_again_is_sent_ever_less_often() {
     let mut sim = all();
     sim.put("a", "bad 0");
