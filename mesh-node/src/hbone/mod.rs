@@ -18,7 +18,7 @@ mod pool;
 mod server;
 mod stream;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 pub use error::{Blame, HboneError, Refusal};
 pub use headers::{Baggage, Connect, ConnectRequest, Forwarded, Target};

@@ -1,1 +1,358 @@
+//! The certificate manager against CAs that behave and CAs that do not.
 
+use super::*;
+use crate::tls::{RejectReason, testca::TestCa};
+use futures::future::BoxFuture;
+use mesh_xds::model::SpiffeId;
+use std::{
+    collections::VecDeque,
+    future::Future,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicUsize, Ordering::SeqCst},
+    },
+    time::{Duration, SystemTime},
+};
+use tokio::{sync::Semaphore, time::timeout};
+
+/// What the fake CA does with one request.
+enum Answer {
+    /// Signs for this long.
+    Sign(Duration),
+    /// Refuses.
+    Refuse,
+    /// Signs a request of its own instead: the certificate has another key.
+    OtherKey,
+    /// Certificate of another CA than the root it names.
+    OtherRoot,
+    /// Not PEM.
+    Garbage,
+    /// Never answers.
+    Silence,
+}
+
+struct FakeCa {
+    ca: TestCa,
+    answers: Mutex<VecDeque<Answer>>,
+    /// When the script is over.
+    then: Duration,
+    requests: AtomicUsize,
+    csrs: Mutex<Vec<String>>,
+    inside: AtomicUsize,
+    most_inside: AtomicUsize,
+    gate: Option<Semaphore>,
+}
+
+impl FakeCa {
+    fn new(answers: impl IntoIterator<Item = Answer>) -> Self {
+        Self {
+            ca: TestCa::new(),
+            answers: Mutex::new(answers.into_iter().collect()),
+            then: Duration::from_secs(3600),
+            requests: AtomicUsize::new(0),
+            csrs: Mutex::default(),
+            inside: AtomicUsize::new(0),
+            most_inside: AtomicUsize::new(0),
+            gate: None,
+        }
+    }
+
+    async fn answer(&self, csr: String, id: &SpiffeId) -> Result<Vec<String>, CaError> {
+        self.requests.fetch_add(1, SeqCst);
+        self.csrs.lock().unwrap().push(csr.clone());
+        let inside = self.inside.fetch_add(1, SeqCst) + 1;
+        self.most_inside.fetch_max(inside, SeqCst);
+        if let Some(gate) = &self.gate {
+            gate.acquire().await.unwrap().forget();
+        }
+        self.inside.fetch_sub(1, SeqCst);
+        let answer = self.answers.lock().unwrap().pop_front().unwrap_or(Answer::Sign(self.then));
+        match answer {
+            Answer::Sign(ttl) => Ok(self.ca.sign_csr(&csr, ttl)),
+            Answer::Refuse => {
+                Err(CaError::Rpc(Box::new(tonic::Status::permission_denied("not on your node"))))
+            }
+            Answer::OtherKey => {
+                let key = rcgen::KeyPair::generate().unwrap();
+                let mut params = rcgen::CertificateParams::default();
+                params.subject_alt_names = vec![rcgen::SanType::URI(id.to_string().try_into().unwrap())];
+                let other = params.serialize_request(&key).unwrap().pem().unwrap();
+                Ok(self.ca.sign_csr(&other, Duration::from_secs(3600)))
+            }
+            Answer::OtherRoot => {
+                let mut chain = self.ca.sign_csr(&csr, Duration::from_secs(3600));
+                *chain.last_mut().unwrap() = crate::tls::testca::pem(&TestCa::new().root());
+                Ok(chain)
+            }
+            Answer::Garbage => Ok(vec!["-----BEGIN CERTIFICATE-----\n???".into(), String::new()]),
+            Answer::Silence => std::future::pending().await,
+        }
+    }
+}
+
+impl CaClient for FakeCa {
+    fn sign<'a>(
+        &'a self,
+        csr_pem: String,
+        id: &'a SpiffeId,
+        _ttl: Duration,
+    ) -> BoxFuture<'a, Result<Vec<String>, CaError>> {
+        Box::pin(self.answer(csr_pem, id))
+    }
+}
+
+fn options() -> CertOptions {
+    CertOptions {
+        sign_timeout: Duration::from_millis(200),
+        backoff_min: Duration::from_millis(5),
+        backoff_max: Duration::from_millis(20),
+        ..CertOptions::default()
+    }
+}
+
+fn id(account: &str) -> SpiffeId {
+    SpiffeId::new("cluster.local", "shop", account).unwrap()
+}
+
+async fn within<T>(future: impl Future<Output = T>) -> T {
+    timeout(Duration::from_secs(20), future).await.expect("the test hangs")
+}
+
+async fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
+    let poll = async {
+        while !condition() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    assert!(timeout(Duration::from_secs(20), poll).await.is_ok(), "never came true: {what}");
+}
+
+#[tokio::test]
+async fn a_request_names_the_identity_and_nothing_else() {
+    within(async {
+        let ca = Arc::new(FakeCa::new([]));
+        let manager = CertManager::new(ca.clone(), options());
+        let cert = manager.acquire(&id("cart")).unwrap().ready().await;
+        assert_eq!(cert.id(), &id("cart"));
+        let csr = ca.csrs.lock().unwrap()[0].clone();
+        let (_, pem) = x509_parser::pem::parse_x509_pem(csr.as_bytes()).unwrap();
+        use x509_parser::prelude::FromDer;
+        let (_, csr) =
+            x509_parser::certification_request::X509CertificationRequest::from_der(&pem.contents).unwrap();
+        assert_eq!(csr.certification_request_info.subject.iter().count(), 0, "the subject is not empty");
+        let names: Vec<String> = csr
+            .requested_extensions()
+            .unwrap()
+            .filter_map(|e| match e {
+                x509_parser::extensions::ParsedExtension::SubjectAlternativeName(san) => {
+                    Some(san.general_names.iter().map(ToString::to_string).collect::<Vec<_>>())
+                }
+                _ => None,
+            })
+            .flatten()
+            .collect();
+        assert_eq!(names, [format!("URI({})", id("cart"))]);
+        let key = csr.certification_request_info.subject_pki.parsed().unwrap();
+        let x509_parser::public_key::PublicKey::EC(point) = key else { panic!("not an elliptic curve key") };
+        assert_eq!(point.key_size(), 256);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn pods_of_one_identity_share_one_request_and_the_last_one_ends_it() {
+    within(async {
+        let ca = Arc::new(FakeCa::new([]));
+        let manager = CertManager::new(ca.clone(), options());
+        let handles: Vec<_> = (0..20).map(|_| manager.acquire(&id("cart")).unwrap()).collect();
+        for handle in &handles {
+            handle.ready().await;
+        }
+        assert_eq!(ca.requests.load(SeqCst), 1);
+        let status = &manager.snapshot()[0];
+        assert_eq!((status.users, status.issued, status.failures), (20, 1, 0));
+        assert!(status.serial.is_some() && status.next_attempt > Some(SystemTime::now()));
+        let last = handles[0].clone();
+        drop(handles);
+        assert!(manager.get(&id("cart")).is_some());
+        drop(last);
+        assert!(manager.get(&id("cart")).is_none() && manager.snapshot().is_empty());
+        manager.acquire(&id("cart")).unwrap().ready().await;
+        assert_eq!(ca.requests.load(SeqCst), 2, "a certificate outlived its pods");
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn bad_answers_are_never_installed_and_tried_again() {
+    within(async {
+        let bad = [Answer::Refuse, Answer::OtherKey, Answer::OtherRoot, Answer::Garbage, Answer::Silence];
+        let count = bad.len();
+        let ca = Arc::new(FakeCa::new(bad));
+        let manager = CertManager::new(ca.clone(), options());
+        let handle = manager.acquire(&id("cart")).unwrap();
+        let mut errors = std::collections::BTreeSet::new();
+        let ready = handle.ready();
+        tokio::pin!(ready);
+        loop {
+            tokio::select! {
+                _ = &mut ready => break,
+                () = tokio::time::sleep(Duration::from_millis(1)) => {
+                    errors.extend(manager.snapshot()[0].last_error.clone());
+                }
+            }
+        }
+        assert_eq!(ca.requests.load(SeqCst), count + 1);
+        assert_eq!((manager.stats().issued, manager.stats().failed), (1, count as u64));
+        let all = errors.into_iter().collect::<Vec<_>>().join("\n");
+        for part in
+            ["not on your node", "does not belong to our key", "does not verify", "PEM", "did not answer"]
+        {
+            assert!(all.contains(part), "{part:?} is missing in:\n{all}");
+        }
+        let status = &manager.snapshot()[0];
+        assert_eq!((status.failures, status.last_error.clone()), (0, None));
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn renewal_at_half_life_while_the_old_one_serves() {
+    within(async {
+        let ca =
+            Arc::new(FakeCa::new([Answer::Sign(Duration::from_secs(5)), Answer::Refuse, Answer::Refuse]));
+        let manager = CertManager::new(ca.clone(), options());
+        let handle = manager.acquire(&id("cart")).unwrap();
+        let first = handle.ready().await;
+        eventually("a renewal fails", || manager.snapshot()[0].failures > 0 || ca.requests.load(SeqCst) > 3)
+            .await;
+        assert!(SystemTime::now() < first.not_after(), "renewal began after the end");
+        eventually("the renewal succeeds", || {
+            handle.identity().cell().current().is_some_and(|c| c.serial() != first.serial())
+        })
+        .await;
+        assert!(first.is_valid_at(SystemTime::now()), "there was a time without a valid certificate");
+        assert_eq!(ca.requests.load(SeqCst), 4);
+        let csrs = ca.csrs.lock().unwrap();
+        let different: std::collections::BTreeSet<_> = csrs.iter().collect();
+        assert_eq!(different.len(), csrs.len(), "a key was used twice");
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn requests_in_flight_are_bounded() {
+    within(async {
+        let mut ca = FakeCa::new([]);
+        ca.gate = Some(Semaphore::new(0));
+        let ca = Arc::new(ca);
+        let options = CertOptions { max_parallel: 3, sign_timeout: Duration::from_secs(20), ..options() };
+        let manager = CertManager::new(ca.clone(), options);
+        let handles: Vec<_> = (0..12).map(|i| manager.acquire(&id(&format!("sa{i}"))).unwrap()).collect();
+        eventually("three are in flight", || ca.inside.load(SeqCst) == 3).await;
+        ca.gate.as_ref().unwrap().add_permits(100);
+        for handle in &handles {
+            handle.ready().await;
+        }
+        assert_eq!(ca.most_inside.load(SeqCst), 3);
+        assert_eq!(manager.snapshot().len(), 12);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn without_a_certificate_nothing_is_served() {
+    let ca = Arc::new(FakeCa::new([Answer::Silence]));
+    let manager = CertManager::new(ca, options());
+    let handle = manager.acquire(&id("cart")).unwrap();
+    assert_eq!(handle.identity().valid_cert().unwrap_err().reason, RejectReason::OwnCertificate);
+}
+
+#[tokio::test]
+async fn the_token_file_is_read_each_time_and_its_faults_are_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("token");
+    let token = TokenFile(path.clone());
+    let error = token.bearer().await.unwrap_err();
+    assert!(error.to_string().contains("token"), "{error}");
+    std::fs::write(&path, "one\n").unwrap();
+    assert_eq!(token.bearer().await.unwrap().to_str().unwrap(), "Bearer one");
+    std::fs::write(&path, "two").unwrap();
+    let value = token.bearer().await.unwrap();
+    assert_eq!(value.to_str().unwrap(), "Bearer two");
+    assert!(value.is_sensitive(), "the token would be logged");
+    for bad in ["", "\n", "a\nb", "\u{1}"] {
+        std::fs::write(&path, bad).unwrap();
+        assert!(matches!(token.bearer().await, Err(CaError::BadToken { .. })), "{bad:?}");
+    }
+}
+
+/// The gRPC form against a real tonic server.
+mod grpc {
+    use super::*;
+    use mesh_xds::wire::ca::{
+        IstioCertificateRequest, IstioCertificateResponse,
+        istio_certificate_service_server::{IstioCertificateService, IstioCertificateServiceServer},
+    };
+    use tonic::{Request, Response, Status, transport::Channel};
+
+    struct Service {
+        ca: TestCa,
+        seen: Arc<Mutex<Vec<(String, String, String, i64)>>>,
+    }
+
+    #[tonic::async_trait]
+    impl IstioCertificateService for Service {
+        async fn create_certificate(
+            &self,
+            request: Request<IstioCertificateRequest>,
+        ) -> Result<Response<IstioCertificateResponse>, Status> {
+            let header = |name| {
+                request.metadata().get(name).and_then(|v| v.to_str().ok()).unwrap_or_default().to_owned()
+            };
+            let (authorization, cluster) = (header("authorization"), header("clusterid"));
+            let request = request.into_inner();
+            let identity = request
+                .metadata
+                .as_ref()
+                .and_then(|m| m.fields.get("ImpersonatedIdentity"))
+                .and_then(|v| match &v.kind {
+                    Some(prost_types::value::Kind::StringValue(s)) => Some(s.clone()),
+                    _ => None,
+                })
+                .ok_or_else(|| Status::invalid_argument("no identity"))?;
+            let seen = (authorization, cluster, identity, request.validity_duration);
+            self.seen.lock().unwrap().push(seen);
+            let cert_chain = self.ca.sign_csr(&request.csr, Duration::from_secs(3600));
+            Ok(Response::new(IstioCertificateResponse { cert_chain }))
+        }
+    }
+
+    #[tokio::test]
+    async fn the_request_carries_token_cluster_and_identity() {
+        within(async {
+            let seen = Arc::new(Mutex::new(Vec::new()));
+            let service = Service { ca: TestCa::new(), seen: seen.clone() };
+            let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+            let addr = listener.local_addr().unwrap();
+            let server = tokio::spawn(
+                tonic::transport::Server::builder()
+                    .add_service(IstioCertificateServiceServer::new(service))
+                    .serve_with_incoming(tokio_stream::wrappers::TcpListenerStream::new(listener)),
+            );
+            let dir = tempfile::tempdir().unwrap();
+            let token = dir.path().join("token");
+            std::fs::write(&token, "secret").unwrap();
+            let channel = Channel::from_shared(format!("http://{addr}")).unwrap().connect_lazy();
+            let ca = IstioCa::new(channel, Some(TokenFile(token)), "Kubernetes").unwrap();
+            let manager = CertManager::new(Arc::new(ca), CertOptions::default());
+            let cert = manager.acquire(&id("cart")).unwrap().ready().await;
+            assert_eq!(cert.id(), &id("cart"));
+            let expected =
+                ("Bearer secret".to_owned(), "Kubernetes".to_owned(), id("cart").to_string(), 24 * 3600);
+            assert_eq!(*seen.lock().unwrap(), [expected]);
+            server.abort();
+        })
+        .await;
+    }
+}
