@@ -2,30 +2,19 @@
 
 use super::source::Source;
 
-/// Module, and the modules that its code may name as `crate::MODULE`. `main` and `lib` may name all.
-const ALLOWED: [(&str, &[&str]); 16] = [
-    ("net", &[]),
-    ("config", &[]),
-    ("metrics", &[]),
-    ("admin", &["metrics", "net"]),
-    ("bpf", &["net"]),
-    ("state", &[]),
-    ("policy", &["state"]),
-    ("tls", &["identity"]),
-    ("identity", &["tls"]),
-    ("plan", &["state", "policy", "bpf"]),
-    ("hbone", &["tls", "identity", "plan", "policy"]),
-    ("l4", &["hbone", "plan", "policy"]),
-    ("enroll", &["net", "metrics"]),
-    ("cni", &["enroll", "net"]),
-    (
-        "outbound",
-        &["l4", "hbone", "plan", "policy", "tls", "identity", "state", "bpf", "net", "metrics", "config"],
-    ),
-    (
-        "inbound",
-        &["l4", "hbone", "plan", "policy", "tls", "identity", "state", "bpf", "net", "metrics", "config"],
-    ),
+/// The modules of mesh-node from the bottom to the top: code may name `crate::MODULE` of a lower layer only. `main`,
+/// `lib` and the programs in `bin` may name all.
+const LAYERS: [&[&str]; 9] = [
+    &["net", "config", "metrics", "drain", "check"],
+    &["state", "bpf", "admin"],
+    &["tls", "policy", "enroll"],
+    &["identity", "plan", "cni"],
+    &["hbone", "local"],
+    &["l4", "outcome"],
+    &["inbound"],
+    // Above `inbound`: for a destination on the same node it calls the other half without a network in between.
+    &["outbound"],
+    &["role"],
 ];
 
 /// Words that only the named places may use in code.
@@ -45,13 +34,17 @@ pub(super) fn check(sources: &[Source]) -> Vec<String> {
         let code = Source::without_tests(&source.code);
         if let Some(inner) = source.path.strip_prefix("mesh-node/src/") {
             let module = inner.split(['/', '.']).next().unwrap_or_default();
-            if let Some((_, allowed)) = ALLOWED.iter().find(|(name, _)| *name == module) {
+            if let Some(own) = layer(module) {
                 for used in crate_paths(code) {
-                    let known = ALLOWED.iter().any(|(name, _)| *name == used) || used == "role";
-                    if known && used != module && !allowed.contains(&used) {
+                    if used != module && layer(used).is_some_and(|other| other >= own) {
                         findings.push(format!("{}: module {module} must not use crate::{used}", source.path));
                     }
                 }
+            } else if !["main", "lib", "bin"].contains(&module) {
+                findings.push(format!(
+                    "{}: give module {module} a layer in xtask/src/tidy/modules.rs",
+                    source.path
+                ));
             }
         }
         for (word, places, rule) in RESERVED {
@@ -63,6 +56,10 @@ pub(super) fn check(sources: &[Source]) -> Vec<String> {
     findings.sort();
     findings.dedup();
     findings
+}
+
+fn layer(module: &str) -> Option<usize> {
+    LAYERS.iter().position(|modules| modules.contains(&module))
 }
 
 /// The first path segments after `crate::`, also inside one level of braces (`use crate::{a::B, c}`).
@@ -125,7 +122,11 @@ mod tests {
             check(&source("mesh-node/src/state.rs", "use crate::{state::A, outbound::{b, c}};")).len(),
             1
         );
-        assert!(check(&source("mesh-node/src/outbound/mod.rs", "use crate::{l4, hbone::X};")).is_empty());
+        assert!(
+            check(&source("mesh-node/src/outbound/mod.rs", "use crate::{l4, hbone::X, inbound};")).is_empty()
+        );
+        assert_eq!(check(&source("mesh-node/src/inbound/mod.rs", "use crate::outbound;")).len(), 1);
+        assert_eq!(check(&source("mesh-node/src/newcomer.rs", "fn f() {}")).len(), 1);
         assert!(check(&source("mesh-node/src/main.rs", "use crate::role;")).is_empty());
     }
 
