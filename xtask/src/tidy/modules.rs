@@ -4,13 +4,14 @@ use super::source::Source;
 
 /// The modules of mesh-node from the bottom to the top: code may name `crate::MODULE` of a lower layer only. `main`,
 /// `lib` and the programs in `bin` may name all.
-const LAYERS: [&[&str]; 9] = [
+const LAYERS: [&[&str]; 10] = [
     &["net", "config", "metrics", "drain", "check"],
     &["state", "bpf", "admin"],
     &["tls", "policy", "enroll"],
     &["identity", "plan", "cni"],
     &["hbone", "local"],
-    &["l4", "outcome"],
+    &["l4"],
+    &["outcome"],
     &["inbound"],
     // Above `inbound`: for a destination on the same node it calls the other half without a network in between.
     &["outbound"],
