@@ -1,7 +1,7 @@
 //! `mesh-node check`: can this host run the daemon?
 //!
-//! Reads files only and changes nothing. Deliberately absent: loading BPF programs to try helpers one by one. The
-//! daemon does that at start, and its error names the program and the helper.
+//! Reads files only and changes nothing. Deliberately absent: loading BPF programs to try helpers one by one.
+//! The daemon does that at start, and its error names the program and the helper.
 
 use std::{
     fmt, fs,

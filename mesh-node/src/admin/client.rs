@@ -93,7 +93,8 @@ async fn exchange(socket: &Path, method: Method, path: &str) -> Result<Bytes, Cl
         }
     };
     tokio::pin!(answer);
-    // The connection is driven beside the request; when it ends first, the request knows more about the reason.
+    // The connection is driven beside the request; when it ends first, the request knows more about the
+    // reason.
     tokio::select! {
         answer = &mut answer => answer,
         _ = connection => answer.await,

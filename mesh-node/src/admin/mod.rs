@@ -1,9 +1,9 @@
-//! The daemon's HTTP faces: metrics and health for the cluster ([`server::stats_router`], port 15020), and the
-//! admin interface for this node's root ([`server::admin_router`], loopback and a Unix socket), with the client
-//! and the text form that `mesh-node status` uses.
+//! The daemon's HTTP faces: metrics and health for the cluster ([`server::stats_router`], port 15020), and
+//! the admin interface for this node's root ([`server::admin_router`], loopback and a Unix socket), with the
+//! client and the text form that `mesh-node status` uses.
 //!
-//! Deliberately absent: TLS and tokens (the admin interface never leaves the node), secrets in any answer, and
-//! knowledge of where the data comes from: that is behind [`AdminState`].
+//! Deliberately absent: TLS and tokens (the admin interface never leaves the node), secrets in any answer,
+//! and knowledge of where the data comes from: that is behind [`AdminState`].
 
 pub mod client;
 pub mod render;
@@ -34,8 +34,8 @@ pub enum Health {
 #[error("{0}")]
 pub struct BadRequest(pub String);
 
-/// The rest of the daemon, as the admin interface sees it. No method may wait for the data path: they run on the
-/// admin runtime and read snapshots.
+/// The rest of the daemon, as the admin interface sees it. No method may wait for the data path: they run on
+/// the admin runtime and read snapshots.
 pub trait AdminState: Send + Sync + 'static {
     /// Whether the daemon should be kept running.
     fn live(&self) -> Health;
@@ -43,8 +43,8 @@ pub trait AdminState: Send + Sync + 'static {
     fn ready(&self) -> Health;
     /// The overview.
     fn status(&self) -> Status;
-    /// Everything: pods, workloads, services, policies, certificates (never keys), BPF counters, and the desired
-    /// next to the actual BPF state.
+    /// Everything: pods, workloads, services, policies, certificates (never keys), BPF counters, and the
+    /// desired next to the actual BPF state.
     fn dump(&self) -> Value;
     /// Sets the daemon's log filter (the syntax of `RUST_LOG`).
     fn set_log_level(&self, filter: &str) -> Result<(), BadRequest>;

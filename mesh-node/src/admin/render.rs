@@ -86,8 +86,8 @@ struct Page(String);
 
 impl Page {
     fn line(&mut self, text: &str) {
-        // Names come from elsewhere: a newline in one must not look like a line of ours, nor an escape sequence
-        // reach the terminal.
+        // Names come from elsewhere: a newline in one must not look like a line of ours, nor an escape
+        // sequence reach the terminal.
         let text: String = text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
         if text.chars().count() <= WIDTH {
             let _ = writeln!(self.0, "{}", text.trim_end());

@@ -65,8 +65,8 @@ pub fn stats_router<S: AdminState>(state: Arc<S>) -> Router {
 }
 
 /// `GET /status`, `GET /dump`, `POST /logging?level=` and `POST /bpf/logging?level=`, and what
-/// [`stats_router`] has. Answers only to a loopback name in `Host`, so that no web page can reach it by a name of
-/// its own that resolves to 127.0.0.1.
+/// [`stats_router`] has. Answers only to a loopback name in `Host`, so that no web page can reach it by a
+/// name of its own that resolves to 127.0.0.1.
 pub fn admin_router<S: AdminState>(state: Arc<S>) -> Router {
     Router::new()
         .route("/status", get(|State(s): State<Arc<S>>| async move { Json(s.status()) }))

@@ -44,7 +44,8 @@ pub fn call(
     let request = protocol::encode(&Request { version: VERSION, op })?;
     let mut stream = call.connect(socket)?;
     call.arm(&stream)?;
-    // The descriptor travels with the first bytes. The rest of the message fits no matter how little was taken.
+    // The descriptor travels with the first bytes. The rest of the message fits no matter how little was
+    // taken.
     let sent = fdpass::send(&stream, &request, fd).map_err(|e| call.failed(e))?;
     stream.write_all(&request[sent..]).map_err(|e| call.failed(e))?;
     let mut prefix = [0; 4];

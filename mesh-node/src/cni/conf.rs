@@ -33,7 +33,8 @@ pub struct Conf {
     /// `timeoutSeconds`: how long an operation may take.
     #[serde(default = "default_timeout")]
     timeout_seconds: u64,
-    /// `excludeNamespaces`: pods that never wait for the daemon, so that the cluster can start and repair itself.
+    /// `excludeNamespaces`: pods that never wait for the daemon, so that the cluster can start and repair
+    /// itself.
     #[serde(default = "default_exclusions")]
     pub exclude_namespaces: Vec<String>,
     /// `cni.dev/valid-attachments`: what exists, for GC.

@@ -1,9 +1,9 @@
-//! The CNI plugin `mesh-cni`: chained after the plugin that makes a pod's network, it has the daemon enrol the
-//! pod before the pod's first container runs. CNI specification 1.1.0 (also 1.0.0, 0.4.0 and 0.3.1).
+//! The CNI plugin `mesh-cni`: chained after the plugin that makes a pod's network, it has the daemon enrol
+//! the pod before the pod's first container runs. CNI specification 1.1.0 (also 1.0.0, 0.4.0 and 0.3.1).
 //!
 //! [`plugin::run`] is the whole plugin, as a function of environment and standard input, so that it is tested
-//! without a container runtime. Deliberately absent: any change to the pod's network, asynchronous code, and the
-//! decision whether a pod is in the mesh.
+//! without a container runtime. Deliberately absent: any change to the pod's network, asynchronous code, and
+//! the decision whether a pod is in the mesh.
 
 pub mod client;
 pub mod conf;

@@ -3,13 +3,12 @@
 use super::{Outcome, plugin};
 use crate::{
     enroll::{
-        Enroller, LeaveReason, Limits, Membership,
+        LeaveReason, Limits, Membership,
         protocol::{self, Done, ErrorKind, Failure, Op, Request, Response},
         server,
-        testing::FakeMesh,
+        testing::enroller,
     },
-    metrics::Metrics,
-    net::{NetNs, fdpass, testing, unix},
+    net::{fdpass, testing, unix},
 };
 use serde_json::{Value, json};
 use std::{
@@ -301,8 +300,7 @@ async fn against_the_real_server() {
     let Some(ns) = testing::with_addresses(&["10.77.0.1/24"]) else { return };
     let dir = tempfile::tempdir().unwrap();
     let socket = dir.path().join("cni.sock");
-    let mesh = Arc::new(FakeMesh::new());
-    let enroller = Enroller::new(Arc::clone(&mesh), Arc::new(Metrics::default()), Limits::default()).unwrap();
+    let (mesh, enroller) = enroller(Limits::default());
     let stop = CancellationToken::new();
     let serving =
         tokio::spawn(server::serve(unix::listen(&socket).unwrap(), Arc::clone(&enroller), stop.clone()));
@@ -383,13 +381,9 @@ async fn requests_that_the_server_cannot_read() {
         io::{AsyncReadExt, AsyncWriteExt},
         net::UnixStream,
     };
-    if NetNs::current().is_err() {
-        return;
-    }
     let dir = tempfile::tempdir().unwrap();
     let socket = dir.path().join("cni.sock");
-    let enroller =
-        Enroller::new(Arc::new(FakeMesh::new()), Arc::new(Metrics::default()), Limits::default()).unwrap();
+    let (_, enroller) = enroller(Limits::default());
     let serving =
         tokio::spawn(server::serve(unix::listen(&socket).unwrap(), enroller, CancellationToken::new()));
     for (request, expected) in [

@@ -27,7 +27,8 @@ pub(super) fn netns_of(proc_dir: &Path) -> Option<NsId> {
     Some(NsId { dev: meta.dev(), ino: meta.ino() })
 }
 
-/// Every network namespace that a process is in or that is bind-mounted where this process or process 1 can see it.
+/// Every network namespace that a process is in or that is bind-mounted where this process or process 1 can
+/// see it.
 pub fn namespaces_in_use(proc_root: &Path) -> io::Result<HashSet<NsId>> {
     let mut found: HashSet<NsId> = processes(proc_root)?.filter_map(|dir| netns_of(&dir)).collect();
     for process in ["self", "1"] {

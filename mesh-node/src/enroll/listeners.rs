@@ -34,7 +34,8 @@ pub(super) fn open(pod: &PodInfo, netns: &NetNs) -> Result<Listeners, EnrollErro
     Ok(listeners)
 }
 
-/// Whether an address is not usable yet: IPv6 is still looking for duplicates (RFC 4862, at most some seconds).
+/// Whether an address is not usable yet: IPv6 is still looking for duplicates (RFC 4862, at most some
+/// seconds).
 pub(super) fn not_yet(e: &EnrollError) -> bool {
     matches!(e, EnrollError::Listen { source, .. } if source.kind() == io::ErrorKind::AddrNotAvailable)
 }

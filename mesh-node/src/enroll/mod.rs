@@ -5,8 +5,8 @@
 //! listeners in it, and hands them to the capturer behind [`Mesh`]. A pod leaves when CNI says so, when its
 //! membership ends, or when nothing but the daemon holds its namespace any more ([`alive`]).
 //!
-//! Deliberately absent: BPF, what is done with a connection, and Kubernetes objects; the control plane decides
-//! about membership and [`Mesh`] relays it.
+//! Deliberately absent: BPF, what is done with a connection, and Kubernetes objects; the control plane
+//! decides about membership and [`Mesh`] relays it.
 
 pub mod alive;
 mod error;

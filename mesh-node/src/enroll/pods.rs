@@ -146,7 +146,12 @@ impl Slot {
     }
 
     fn set_phase(&self, phase: Phase) {
-        self.view().1 = phase;
+        let view = &mut *self.view();
+        if view.1 != phase {
+            let (from, to) = (view.1.as_str(), phase.as_str());
+            tracing::info!(pod = %view.0, cookie = self.netns.cookie(), from, to, "a pod has a new state");
+        }
+        view.1 = phase;
     }
 
     /// Takes over what a later report about the same namespace knows better.
@@ -220,9 +225,9 @@ impl<M: Mesh> Enroller<M> {
         pods
     }
 
-    /// Adds a pod, or looks at one again: waits at most `wait` for the control plane to say whether it is in the
-    /// mesh, and captures it if it is. Adding a captured pod again changes nothing. A pod that comes back with
-    /// another namespace replaces its former self.
+    /// Adds a pod, or looks at one again: waits at most `wait` for the control plane to say whether it is in
+    /// the mesh, and captures it if it is. Adding a captured pod again changes nothing. A pod that comes back
+    /// with another namespace replaces its former self.
     pub async fn add(&self, info: PodInfo, netns: NetNs, wait: Duration) -> Result<Added, EnrollError> {
         let deadline = Instant::now() + wait.min(self.limits.decide);
         if netns.id() == self.home {
@@ -278,8 +283,8 @@ impl<M: Mesh> Enroller<M> {
         all
     }
 
-    /// Releases a pod, found by its container, or, if it was found by the scan, by its UID or namespace. Returns
-    /// how many records went; a pod that is not known is no error.
+    /// Releases a pod, found by its container, or, if it was found by the scan, by its UID or namespace.
+    /// Returns how many records went; a pod that is not known is no error.
     pub async fn del(&self, pod: &PodInfo, netns: Option<NsId>) -> usize {
         let mut gone = self.all();
         gone.retain(|slot| {
@@ -366,16 +371,11 @@ impl<M: Mesh> Enroller<M> {
                 // A pod that is being worked on watches for changes itself.
                 let Ok(_work) = slot.work.try_lock() else { return };
                 let before = slot.phase();
-                let result = self.settle(&slot, Instant::now()).await;
-                let after = slot.phase();
-                if before == after {
-                    return;
-                }
-                match result {
-                    Ok(_) => tracing::info!(pod = %slot.info(), from = before.as_str(), to = after.as_str(), "membership"),
-                    Err(e) => {
-                        tracing::warn!(error = e.full_message(), remedy = e.remedy(), "a pod is not enrolled");
-                    }
+                let Err(e) = self.settle(&slot, Instant::now()).await else { return };
+                // Said once, not at every try.
+                if slot.phase() != before {
+                    let error = e.full_message();
+                    tracing::warn!(error, remedy = e.remedy(), "a pod is not enrolled");
                 }
             })
             .await;
@@ -556,7 +556,8 @@ impl<M: Mesh> Enroller<M> {
             return;
         }
         if timeout(self.limits.capture, self.mesh.release(slot.netns.cookie())).await.is_err() {
-            tracing::error!(pod = %slot.info(), limit = ?self.limits.capture, "a pod was not released in time");
+            let limit = self.limits.capture;
+            tracing::error!(pod = %slot.info(), ?limit, "a pod was not released in time");
         }
     }
 }

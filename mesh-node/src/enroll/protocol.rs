@@ -1,6 +1,6 @@
 //! The wire between `mesh-cni` and the daemon: one request and one answer per connection, each a big-endian
-//! `u32` length and that many bytes of JSON. For ADD, CHECK and DEL the first byte carries the descriptor of the
-//! pod's network namespace (SCM_RIGHTS).
+//! `u32` length and that many bytes of JSON. For ADD, CHECK and DEL the first byte carries the descriptor of
+//! the pod's network namespace (SCM_RIGHTS).
 //!
 //! Deliberately absent: I/O; the plugin does it blocking, the server with tokio.
 

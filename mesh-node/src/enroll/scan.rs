@@ -1,6 +1,6 @@
-//! Finds the pods that run already when the daemon starts, by their processes: a pod's UID is in the path of its
-//! cgroup, in the form of kubelet's systemd or cgroupfs driver, or as `podUID` below a folder of the operator's
-//! choice (nodes without a kubelet).
+//! Finds the pods that run already when the daemon starts, by their processes: a pod's UID is in the path of
+//! its cgroup, in the form of kubelet's systemd or cgroupfs driver, or as `podUID` below a folder of the
+//! operator's choice (nodes without a kubelet).
 //!
 //! Deliberately absent: names of pods. The control plane knows a pod by its addresses, which are read in the
 //! namespace.

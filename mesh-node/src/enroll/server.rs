@@ -37,7 +37,8 @@ enum RequestError {
     Peer(u32),
 }
 
-/// Serves `listener` (see [`crate::net::unix::listen`]) until `stop`, and then lets the requests in progress end.
+/// Serves `listener` (see [`crate::net::unix::listen`]) until `stop`, and then lets the requests in progress
+/// end.
 pub async fn serve<M: Mesh>(listener: UnixListener, enroller: Arc<Enroller<M>>, stop: CancellationToken) {
     let permits = Arc::new(Semaphore::new(MAX_REQUESTS));
     let tasks = TaskTracker::new();

@@ -1,16 +1,24 @@
 //! A mesh for tests: its answers are set by the test, and it keeps what it is given.
 
-use super::{CaptureError, LocalPod, Membership, Mesh, PodInfo};
+use super::{CaptureError, Enroller, Limits, LocalPod, Membership, Mesh, PodInfo};
+use crate::metrics::Metrics;
 use mesh_xds::model::NamespacedName;
 use std::{
     collections::BTreeMap,
     net::IpAddr,
     sync::{
-        Mutex,
+        Arc, Mutex,
         atomic::{AtomicBool, Ordering::SeqCst},
     },
 };
 use tokio::sync::watch;
+
+/// An enroller with a fake mesh behind it.
+pub(crate) fn enroller(limits: Limits) -> (Arc<FakeMesh>, Arc<Enroller<FakeMesh>>) {
+    let mesh = Arc::new(FakeMesh::new());
+    let enroller = Enroller::new(Arc::clone(&mesh), Arc::new(Metrics::default()), limits).unwrap();
+    (mesh, enroller)
+}
 
 pub(crate) struct FakeMesh {
     names: Mutex<BTreeMap<String, Membership>>,
@@ -26,7 +34,7 @@ pub(crate) struct FakeMesh {
 }
 
 impl FakeMesh {
-    pub(crate) fn new() -> Self {
+    fn new() -> Self {
         Self {
             names: Mutex::default(),
             addrs: Mutex::default(),

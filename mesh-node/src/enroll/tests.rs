@@ -1,10 +1,11 @@
 //! Tests of the pods' records, in real network namespaces.
 
-use super::{scan::ScanConfig, testing::FakeMesh, *};
-use crate::{
-    metrics::Metrics,
-    net::{NetNs, testing},
+use super::{
+    scan::ScanConfig,
+    testing::{self as testing_mesh, FakeMesh},
+    *,
 };
+use crate::net::{NetNs, testing};
 use std::{
     fs,
     os::fd::AsFd,
@@ -19,14 +20,8 @@ const ADDR: &str = "10.77.0.1";
 
 type TestEnroller = Arc<Enroller<FakeMesh>>;
 
-fn enroller_with(limits: Limits) -> (Arc<FakeMesh>, TestEnroller) {
-    let mesh = Arc::new(FakeMesh::new());
-    let enroller = Enroller::new(Arc::clone(&mesh), Arc::new(Metrics::default()), limits).unwrap();
-    (mesh, enroller)
-}
-
 fn enroller() -> (Arc<FakeMesh>, TestEnroller) {
-    enroller_with(Limits::default())
+    testing_mesh::enroller(Limits::default())
 }
 
 fn pod(name: &str, uid: &str, container: &str) -> PodInfo {
@@ -185,7 +180,8 @@ async fn a_busy_port_is_named_with_the_pod_and_nothing_is_left() {
 #[tokio::test]
 async fn failing_and_hanging_captures() {
     let Some(ns) = testing::with_addresses(&["10.77.0.1/24"]) else { return };
-    let (mesh, enroller) = enroller_with(Limits { capture: Duration::from_millis(50), ..Limits::default() });
+    let (mesh, enroller) =
+        testing_mesh::enroller(Limits { capture: Duration::from_millis(50), ..Limits::default() });
     mesh.enrol("shop/cart");
     mesh.fail.store(true, SeqCst);
     let e = enroller.add(cart(), same(&ns), LONG).await.unwrap_err();
@@ -218,7 +214,7 @@ async fn a_new_sandbox_replaces_the_old_one_and_a_late_del_does_not_hurt_it() {
 
 #[tokio::test]
 async fn what_cannot_be_enrolled() {
-    let (mesh, enroller) = enroller_with(Limits { pods: 1, ..Limits::default() });
+    let (mesh, enroller) = testing_mesh::enroller(Limits { pods: 1, ..Limits::default() });
     mesh.enrol("shop/cart");
     let e = enroller.add(cart(), NetNs::current().unwrap(), LONG).await.unwrap_err();
     assert!(matches!(e, EnrollError::HostNetwork { .. }), "{e}");

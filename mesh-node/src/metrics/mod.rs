@@ -1,8 +1,9 @@
 //! The daemon's metrics, in OpenMetrics text.
 //!
-//! Two sorts: Istio's `istio_tcp_*` families with Istio's labels ([`tcp`]), so that its dashboards work here, and
-//! the daemon's own `nodemesh_*` families. What another module counts already (kernel counters, certificates,
-//! xDS) is read at scrape time through a sampler ([`Metrics::sample_counters`], [`Metrics::sample_gauges`]).
+//! Two sorts: Istio's `istio_tcp_*` families with Istio's labels ([`tcp`]), so that its dashboards work here,
+//! and the daemon's own `nodemesh_*` families. What another module counts already (kernel counters,
+//! certificates, xDS) is read at scrape time through a sampler ([`Metrics::sample_counters`],
+//! [`Metrics::sample_gauges`]).
 //!
 //! Deliberately absent: HTTP (`admin` serves the text), and any label whose values a peer can choose. Every
 //! family here has either labels from fixed sets or, for TCP, a limit on its series.
@@ -181,8 +182,8 @@ impl Metrics {
         self.tcp(labels).opened();
     }
 
-    /// Counts a closed connection with its bytes: `sent` went from the destination to the source, `received` from
-    /// the source to the destination (Istio's sense of the words).
+    /// Counts a closed connection with its bytes: `sent` went from the destination to the source, `received`
+    /// from the source to the destination (Istio's sense of the words).
     pub fn tcp_closed(&self, labels: &TcpLabels, sent: u64, received: u64) {
         let series = self.tcp(labels);
         series.bytes(sent, received);

@@ -2,8 +2,8 @@
 //! `istio_tcp_sent_bytes_total` and `istio_tcp_received_bytes_total`.
 //!
 //! A connection looks its series up once and then only adds to atomics. The number of series is limited; what
-//! comes beyond is counted in one series per reporter whose other labels are `unknown`, so that sums stay right.
-//! A series that no connection holds and that was not used for a while is dropped.
+//! comes beyond is counted in one series per reporter whose other labels are `unknown`, so that sums stay
+//! right. A series that no connection holds and that was not used for a while is dropped.
 
 use prometheus_client::{
     collector::Collector,
@@ -39,7 +39,8 @@ pub enum Security {
     None,
     /// Mutual TLS.
     MutualTls,
-    /// Pod to pod on one node: the kernel vouches for both identities, and no byte leaves it, so there is no TLS.
+    /// Pod to pod on one node: the kernel vouches for both identities, and no byte leaves it, so there is no
+    /// TLS.
     NodeLocal,
 }
 

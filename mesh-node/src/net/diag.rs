@@ -1,7 +1,7 @@
 //! The TCP listeners that a network namespace already has, read by `NETLINK_SOCK_DIAG` (`linux/inet_diag.h`).
 //!
-//! BPF learns of a listener when it starts to listen; this is for those which are older than the pod's capture.
-//! Deliberately absent: established sockets, UDP, and destroying sockets.
+//! BPF learns of a listener when it starts to listen; this is for those which are older than the pod's
+//! capture. Deliberately absent: established sockets, UDP, and destroying sockets.
 
 use super::ns::NetNs;
 use nix::sys::socket::{
@@ -29,8 +29,8 @@ const STATE_LISTEN: u32 = 1 << 10;
 const MAX_LISTENERS: usize = 65_536;
 
 impl NetNs {
-    /// Every address that a TCP socket of the namespace listens on, sorted, each once. A wildcard listener shows
-    /// as `0.0.0.0:PORT` or `[::]:PORT`.
+    /// Every address that a TCP socket of the namespace listens on, sorted, each once. A wildcard listener
+    /// shows as `0.0.0.0:PORT` or `[::]:PORT`.
     pub fn tcp_listeners(&self) -> io::Result<Vec<SocketAddr>> {
         let fd = self.run(|| {
             socket(

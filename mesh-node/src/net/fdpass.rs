@@ -7,7 +7,8 @@ use std::{
     os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd},
 };
 
-/// `SCM_MAX_FD`: with room for this many nothing can be cut off, so no descriptor is ever installed and forgotten.
+/// `SCM_MAX_FD`: with room for this many nothing can be cut off, so no descriptor is ever installed and
+/// forgotten.
 const MAX_FDS: usize = 253;
 
 /// Sends the beginning of `data`, with `fd` if given, and returns how many bytes went out.
@@ -24,8 +25,8 @@ pub fn send(socket: impl AsFd, data: &[u8], fd: Option<BorrowedFd<'_>>) -> io::R
     Ok(sent)
 }
 
-/// Receives into `buf`: the number of bytes (0 at the end of the stream) and the descriptor that came with them.
-/// More than one descriptor is an error, and all of them are closed.
+/// Receives into `buf`: the number of bytes (0 at the end of the stream) and the descriptor that came with
+/// them. More than one descriptor is an error, and all of them are closed.
 pub fn recv(socket: impl AsFd, buf: &mut [u8]) -> io::Result<(usize, Option<OwnedFd>)> {
     let mut space = nix::cmsg_space!([RawFd; MAX_FDS]);
     let mut iov = [IoSliceMut::new(buf)];

@@ -1,4 +1,5 @@
-//! Network namespaces and the sockets in them: the only door of the daemon to `setns` and to raw socket options.
+//! Network namespaces and the sockets in them: the only door of the daemon to `setns` and to raw socket
+//! options.
 //!
 //! - [`ns`]: a handle on a network namespace, and running a closure inside it
 //! - [`socket`]: listening and dialling inside a namespace

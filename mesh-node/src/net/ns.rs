@@ -1,8 +1,8 @@
 //! A handle on a network namespace.
 //!
-//! Only the creation of a socket depends on the namespace of the calling thread; a socket stays in its namespace
-//! for life. So the daemon enters a namespace for the length of one closure (about 1 us for both ways) and never
-//! across an await point, which the closure form makes impossible.
+//! Only the creation of a socket depends on the namespace of the calling thread; a socket stays in its
+//! namespace for life. So the daemon enters a namespace for the length of one closure (about 1 us for both
+//! ways) and never across an await point, which the closure form makes impossible.
 //!
 //! Deliberately absent: a thread per namespace, and changing any other namespace than the network's.
 
@@ -18,8 +18,8 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// Names a namespace while anything keeps it alive: the device and inode of its nsfs file. A number may be used
-/// again after the namespace is gone, so hold a [`NetNs`] for as long as the identity matters.
+/// Names a namespace while anything keeps it alive: the device and inode of its nsfs file. A number may be
+/// used again after the namespace is gone, so hold a [`NetNs`] for as long as the identity matters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct NsId {
     /// Device of nsfs.
@@ -203,7 +203,8 @@ struct WayBack<'a>(&'a Home);
 impl Drop for WayBack<'_> {
     fn drop(&mut self) {
         if let Err(e) = setns(&self.0.file, CloneFlags::CLONE_NEWNET) {
-            // Not through tracing: its writer may be what is broken, and nothing may run on this thread any more.
+            // Not through tracing: its writer may be what is broken, and nothing may run on this thread any
+            // more.
             eprintln!("fatal: cannot return to the daemon's network namespace ({e}); aborting");
             std::process::abort();
         }

@@ -44,8 +44,8 @@ impl NetNs {
     }
 
     /// Dials `to` from inside the namespace, from the address `bind` if given. The socket exists when this
-    /// returns; `before_connect` has seen it, and its error is returned. The connection is made by awaiting the
-    /// result; dropping it gives up.
+    /// returns; `before_connect` has seen it, and its error is returned. The connection is made by awaiting
+    /// the result; dropping it gives up.
     pub fn dial(
         &self,
         bind: Option<IpAddr>,
@@ -54,8 +54,8 @@ impl NetNs {
     ) -> io::Result<Dialing> {
         let socket = self.tcp_socket(to.ip())?;
         if let Some(ip) = bind {
-            // Without this bind() would take one of 28,000 ports for good; with it connect() picks the port, and
-            // only the 4-tuple has to be free.
+            // Without this bind() would take one of 28,000 ports for good; with it connect() picks the port,
+            // and only the 4-tuple has to be free.
             setsockopt(&socket, sockopt::IpBindAddressNoPort, &true)?;
             socket.bind(&SockAddr::from(SocketAddr::new(ip, 0)))?;
         }
@@ -97,8 +97,8 @@ impl Future for Dialing {
 }
 
 /// Accepts the next connection. Errors of a single connection are skipped; when the process is out of
-/// descriptors or memory it pauses and tries again, so that an accept loop neither ends nor spins. An error that
-/// is returned means that the listener itself is broken.
+/// descriptors or memory it pauses and tries again, so that an accept loop neither ends nor spins. An error
+/// that is returned means that the listener itself is broken.
 pub async fn accept_from(listener: &tokio::net::TcpListener) -> io::Result<(TcpStream, SocketAddr)> {
     loop {
         match listener.accept().await {

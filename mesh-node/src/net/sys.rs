@@ -14,8 +14,8 @@ const NS_GET_NSTYPE: libc::Ioctl = 0xb703;
 pub(super) fn netns_cookie(socket: BorrowedFd<'_>) -> io::Result<u64> {
     let mut cookie = MaybeUninit::<u64>::uninit();
     let mut len = size_of::<u64>() as libc::socklen_t;
-    // SAFETY: the kernel writes at most `len` (8) bytes to `cookie`, which has room for exactly that many, and
-    // both pointers live until the call returns.
+    // SAFETY: the kernel writes at most `len` (8) bytes to `cookie`, which has room for exactly that many,
+    // and both pointers live until the call returns.
     let rc = unsafe {
         libc::getsockopt(
             socket.as_raw_fd(),

@@ -7,8 +7,8 @@ use std::{
 };
 use tokio::net::UnixListener;
 
-/// Listens at `path` with mode 0600, making the folder if it is missing. A socket that nobody listens on any more
-/// is replaced; one that is alive, and any other sort of file, is an error.
+/// Listens at `path` with mode 0600, making the folder if it is missing. A socket that nobody listens on any
+/// more is replaced; one that is alive, and any other sort of file, is an error.
 pub fn listen(path: &Path) -> io::Result<UnixListener> {
     if let Some(dir) = path.parent() {
         fs::create_dir_all(dir)?;
