@@ -2,7 +2,7 @@
 //!
 //! No ABI types but the reason codes, no kernel objects; comparing two intents tells whether anything changed.
 
-use mesh_common::code::DenyReason;
+pub use mesh_common::code::DenyReason;
 use mesh_xds::model::Protocol;
 use std::{
     collections::BTreeMap,

@@ -1,15 +1,17 @@
 //! The lowering: [`Intent`] -> [`BpfState`], the rows of the maps. Pure.
 //!
-//! A backend set is named by the hash of its content. So frontends with equal backends share one, a changed one is
-//! new rows beside the old ones, and a frontend moves over with a single write. Deliberately absent: any limit on
-//! the backends of a service other than the map's size.
+//! Frontends with equal backends share a backend set. A set is known by its content: a changed one is another set with
+//! rows of its own beside the old ones, and a frontend moves over with a single write. Deliberately absent: the ids
+//! that sets have in the kernel, which depend on what is there and are the reconciler's; any limit on the backends of
+//! a service other than the map's size.
 
 use super::{
+    alias,
     intent::{Backend, CapturedPod, Frontend, Intent, Verdict},
     ops::Table,
 };
 use mesh_common::{
-    code::{inbound, proto, verdict},
+    code::{deny, inbound, proto, verdict},
     key,
     net::{Endpoint, Ip, NetPort},
     pod::Pod as _,
@@ -17,20 +19,24 @@ use mesh_common::{
 };
 use mesh_xds::model::Protocol;
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, btree_map::Entry},
     fmt,
     net::{IpAddr, SocketAddr},
+    sync::Arc,
     time::Duration,
 };
 
-/// The rows that the maps should have.
+/// The content of a backend set: its slots in order. Every slot's endpoint is also a member row.
+pub type BackendSet = Arc<[value::Backend]>;
+
+/// The rows that the maps should have. Does not depend on the order of the intent's parts, unless they contradict each
+/// other ([`Issue`]).
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct BpfState {
-    /// [`Table::Members`].
-    pub members: BTreeMap<key::Member, u32>,
-    /// [`Table::Backends`].
-    pub backends: BTreeMap<key::Backend, value::Backend>,
-    /// [`Table::Frontends`].
+    /// The backend sets, [`Table::Backends`] and [`Table::Members`], without two of the same content. The numbers
+    /// count from 1 and mean something in this value only.
+    pub sets: BTreeMap<u64, BackendSet>,
+    /// [`Table::Frontends`]; `set` is a number of `sets`, or 0 for none.
     pub frontends: BTreeMap<key::Frontend, value::Frontend>,
     /// [`Table::Destinations`].
     pub destinations: BTreeMap<Ip, value::Destination>,
@@ -46,8 +52,7 @@ impl BpfState {
     /// How many rows a table should have.
     pub fn len(&self, table: Table) -> usize {
         match table {
-            Table::Members => self.members.len(),
-            Table::Backends => self.backends.len(),
+            Table::Members | Table::Backends => self.sets.values().map(|set| set.len()).sum(),
             Table::Frontends => self.frontends.len(),
             Table::Destinations => self.destinations.len(),
             Table::InboundPorts => self.inbound_ports.len(),
@@ -62,11 +67,12 @@ impl BpfState {
 pub enum Issue {
     /// Two frontends share address, port and protocol; the first one is in force.
     DuplicateFrontend(SocketAddr, Protocol),
-    /// Two destinations share an address; the first one is in force.
+    /// Two destinations share an address; the stricter verdict is in force.
     DuplicateDestination(IpAddr),
-    /// Two captured pods share an address; the one in the younger network namespace has it.
+    /// Two captured pods share an address; the one with the higher cookie has it, which as a rule is the younger one
+    /// (the kernel hands cookies out in batches per CPU).
     DuplicatePodAddress(IpAddr),
-    /// A backend that a client of the frontend cannot reach: another address family, or port 0.
+    /// A backend that a client of the frontend cannot reach: another address family, no address, or port 0.
     UnusableBackend(SocketAddr, SocketAddr),
 }
 
@@ -80,13 +86,16 @@ impl fmt::Display for Issue {
                 )
             }
             Self::DuplicateDestination(addr) => {
-                write!(f, "two workloads claim the address {addr}; the first one has it")
+                write!(f, "two workloads claim the address {addr}; the stricter verdict holds")
             }
             Self::DuplicatePodAddress(addr) => {
-                write!(f, "two captured pods claim the address {addr}; the younger one has it")
+                write!(f, "two captured pods claim the address {addr}; the one of the higher cookie has it")
             }
             Self::UnusableBackend(service, backend) => {
-                write!(f, "endpoint {backend} of {service} is left out: another address family, or port 0")
+                write!(
+                    f,
+                    "endpoint {backend} of {service} is left out: another address family, no address, or port 0"
+                )
             }
         }
     }
@@ -96,18 +105,29 @@ impl fmt::Display for Issue {
 pub fn lower(intent: &Intent) -> (BpfState, Vec<Issue>) {
     let mut state = BpfState::default();
     let mut issues = Vec::new();
-    let mut sets = Sets::default();
+    let mut sets: BTreeMap<BackendSet, Vec<key::Frontend>> = BTreeMap::new();
     for frontend in &intent.frontends {
         lower_frontend(frontend, &mut state, &mut sets, &mut issues);
+    }
+    for (number, (set, users)) in (1..).zip(sets) {
+        for user in users {
+            if let Some(row) = state.frontends.get_mut(&user) {
+                row.set = number;
+            }
+        }
+        state.sets.insert(number, set);
     }
     for destination in &intent.destinations {
         let (verdict, reason) = verdict_codes(destination.verdict);
         let row = value::Destination { verdict, reason, reserved: 0 };
         match state.destinations.entry(destination.addr.into()) {
-            std::collections::btree_map::Entry::Occupied(_) => {
+            Entry::Occupied(mut other) => {
                 issues.push(Issue::DuplicateDestination(destination.addr));
+                if row.verdict > other.get().verdict {
+                    other.insert(row);
+                }
             }
-            std::collections::btree_map::Entry::Vacant(vacant) => {
+            Entry::Vacant(vacant) => {
                 vacant.insert(row);
             }
         }
@@ -118,6 +138,9 @@ pub fn lower(intent: &Intent) -> (BpfState, Vec<Issue>) {
     (state, issues)
 }
 
+// Where two claim one destination the stricter verdict wins, which is then the higher code.
+const _: () = assert!(verdict::DIRECT < verdict::PROXY && verdict::PROXY < verdict::DENY);
+
 fn verdict_codes(verdict: Verdict) -> (u8, u8) {
     match verdict {
         Verdict::Direct => (verdict::DIRECT, 0),
@@ -126,39 +149,56 @@ fn verdict_codes(verdict: Verdict) -> (u8, u8) {
     }
 }
 
-fn lower_frontend(frontend: &Frontend, state: &mut BpfState, sets: &mut Sets, issues: &mut Vec<Issue>) {
+fn lower_frontend(
+    frontend: &Frontend,
+    state: &mut BpfState,
+    sets: &mut BTreeMap<BackendSet, Vec<key::Frontend>>,
+    issues: &mut Vec<Issue>,
+) {
     let service = SocketAddr::new(frontend.addr, frontend.port);
-    let addr = Ip::from(frontend.addr);
     let ip_proto = match frontend.proto {
         Protocol::Tcp => proto::TCP,
         Protocol::Udp => proto::UDP,
     };
-    let key = key::Frontend::new(addr, NetPort::new(frontend.port), ip_proto);
-    if state.frontends.contains_key(&key) {
+    let key = key::Frontend::new(frontend.addr.into(), NetPort::new(frontend.port), ip_proto);
+    let Entry::Vacant(vacant) = state.frontends.entry(key) else {
         issues.push(Issue::DuplicateFrontend(service, frontend.proto));
         return;
-    }
-    let (verdict, reason) = verdict_codes(frontend.verdict);
-    let mut row = value::Frontend {
-        verdict,
-        reason,
-        affinity_ns: nanoseconds(frontend.affinity.unwrap_or_default()),
-        ..value::Frontend::zeroed()
     };
+    let (verdict, reason) = verdict_codes(frontend.verdict);
+    let mut row = value::Frontend { verdict, reason, ..value::Frontend::zeroed() };
     if frontend.verdict == Verdict::Direct {
-        let mut weights: BTreeMap<Endpoint, u32> = BTreeMap::new();
-        for Backend { addr: backend, weight } in &frontend.backends {
-            let endpoint = Endpoint::from(*backend);
-            if endpoint.addr.is_v4() != addr.is_v4() || backend.port() == 0 {
-                issues.push(Issue::UnusableBackend(service, *backend));
-            } else if *weight > 0 {
-                let sum = weights.entry(endpoint).or_default();
-                *sum = sum.saturating_add(*weight);
-            }
+        let set = backend_set(service, &frontend.backends, issues);
+        if set.is_empty() {
+            (row.verdict, row.reason) = (verdict::DENY, deny::NO_ENDPOINTS);
+        } else {
+            // A set that long would not fit into the map, whose refusal then names the frontend's set.
+            row.count = u32::try_from(set.len()).unwrap_or(u32::MAX);
+            row.affinity_ns = nanoseconds(frontend.affinity.unwrap_or_default());
+            sets.entry(set).or_default().push(key);
         }
-        (row.set, row.count) = sets.add(weights.into_iter().collect(), state);
     }
-    state.frontends.insert(key, row);
+    vacant.insert(row);
+}
+
+/// The slots for these backends: one for each endpoint that clients of the service reach, in the order of addresses.
+fn backend_set(service: SocketAddr, backends: &[Backend], issues: &mut Vec<Issue>) -> BackendSet {
+    let is_v4 = Ip::from(service.ip()).is_v4();
+    let mut weights: BTreeMap<Endpoint, u32> = BTreeMap::new();
+    for Backend { addr, weight } in backends {
+        let endpoint = Endpoint::from(*addr);
+        if endpoint.addr.is_v4() != is_v4 || endpoint.addr.is_unspecified() || addr.port() == 0 {
+            issues.push(Issue::UnusableBackend(service, *addr));
+        } else if *weight > 0 {
+            let sum = weights.entry(endpoint).or_default();
+            *sum = sum.saturating_add(*weight);
+        }
+    }
+    let cells = alias::table(&weights.values().copied().collect::<Vec<_>>());
+    let slots = weights.into_keys().zip(cells);
+    slots
+        .map(|(endpoint, cell)| value::Backend { endpoint, threshold: cell.threshold, alias: cell.alias })
+        .collect()
 }
 
 /// Nanoseconds for the kernel; a timeout of centuries is as good as the largest number.
@@ -204,77 +244,11 @@ fn lower_pod(pod: &CapturedPod, state: &mut BpfState, issues: &mut Vec<Issue>) {
     }
 }
 
-/// Backend sets by name, to share equal ones and to notice a collision of hashes.
-#[derive(Default)]
-struct Sets(BTreeMap<u64, Vec<(Endpoint, u32)>>);
-
-impl Sets {
-    /// Adds a set's rows, unless they are there, and returns its name and size.
-    fn add(&mut self, content: Vec<(Endpoint, u32)>, state: &mut BpfState) -> (u64, u32) {
-        // A set is as large as the map allows at most; the map's size fits.
-        let count = u32::try_from(content.len()).unwrap_or(u32::MAX);
-        if count == 0 {
-            return (0, 0);
-        }
-        let mut name = hash(&content);
-        while let Some(other) = self.0.get(&name) {
-            if *other == content {
-                return (name, count);
-            }
-            name = name.wrapping_add(1);
-        }
-        for (slot, (endpoint, cell)) in (0..).zip(content.iter().zip(alias_table(&content))) {
-            let (threshold, alias) = cell;
-            let row = value::Backend { endpoint: endpoint.0, threshold, alias };
-            state.backends.insert(key::Backend::new(name, slot), row);
-            state.members.insert(key::Member::new(name, endpoint.0), slot);
-        }
-        self.0.insert(name, content);
-        (name, count)
-    }
-}
-
-/// FNV-1a with a final mix. Stable over restarts and versions, which std's hasher does not promise.
-fn hash(content: &[(Endpoint, u32)]) -> u64 {
-    let mut hash = 0xcbf2_9ce4_8422_2325_u64;
-    for (endpoint, weight) in content {
-        for byte in endpoint.bytes().iter().chain(&weight.to_be_bytes()) {
-            hash = (hash ^ u64::from(*byte)).wrapping_mul(0x0000_0100_0000_01b3);
-        }
-    }
-    hash ^= hash >> 32;
-    hash = hash.wrapping_mul(0x9e37_79b9_7f4a_7c15);
-    hash ^ (hash >> 29)
-}
-
-/// Vose's alias method in integers: for each slot the highest draw (of 32 bits) that stays, and where the others go.
-fn alias_table(content: &[(Endpoint, u32)]) -> Vec<(u32, u32)> {
-    let count = content.len() as u128;
-    let total: u128 = content.iter().map(|(_, weight)| u128::from(*weight)).sum();
-    // Each slot's share in units of 1 / (count * total): `total` is exactly one cell.
-    let mut share: Vec<u128> = content.iter().map(|(_, weight)| u128::from(*weight) * count).collect();
-    let mut cells: Vec<(u32, u32)> = (0..).map(|slot| (u32::MAX, slot)).take(content.len()).collect();
-    let (mut small, mut large): (Vec<usize>, Vec<usize>) =
-        (0..content.len()).partition(|i| share[*i] < total);
-    while let (Some(&below), Some(&above)) = (small.last(), large.last()) {
-        small.pop();
-        // A share below one cell is at most 2^32 - 1 in 32 bits; the draw `threshold` itself stays, hence the - 1.
-        let threshold = ((share[below] << 32) / total).saturating_sub(1);
-        cells[below] = (u32::try_from(threshold).unwrap_or(u32::MAX), above as u32);
-        share[above] -= total - share[below];
-        if share[above] < total {
-            large.pop();
-            small.push(above);
-        }
-    }
-    cells
-}
-
 #[cfg(test)]
 mod tests {
+    use super::super::intent::Destination;
     use super::*;
     use mesh_common::{code::DenyReason, decide};
-    use proptest::prelude::*;
 
     fn backend(addr: &str, weight: u32) -> Backend {
         Backend { addr: addr.parse().unwrap(), weight }
@@ -307,12 +281,15 @@ mod tests {
         let (state, issues) = lower(&intent);
         assert_eq!(issues, []);
         assert_eq!(frontend_row(&state, "10.96.0.1:80").set, frontend_row(&state, "10.96.0.2:80").set);
-        assert_eq!((state.backends.len(), state.members.len()), (2, 2));
+        assert_eq!((state.sets.len(), state.len(Table::Backends), state.len(Table::Members)), (1, 2, 2));
+        let mut reversed = intent.clone();
+        reversed.frontends.reverse();
+        assert_eq!(lower(&reversed).0, state);
 
         let other =
             Intent { frontends: vec![direct("10.96.0.1:80", vec![a, backend("10.0.0.2:80", 4)])], ..intent };
         let (changed, _) = lower(&other);
-        assert_ne!(frontend_row(&state, "10.96.0.1:80").set, frontend_row(&changed, "10.96.0.1:80").set);
+        assert_ne!(state.sets, changed.sets, "weights are content");
     }
 
     #[test]
@@ -364,7 +341,7 @@ mod tests {
     }
 
     #[test]
-    fn a_reused_address_belongs_to_the_younger_pod() {
+    fn a_reused_address_belongs_to_the_higher_cookie() {
         let pod = |cookie, port_strict| CapturedPod {
             cookie,
             addrs: vec!["10.0.0.7".parse().unwrap()],
@@ -383,23 +360,92 @@ mod tests {
         }
     }
 
-    proptest! {
-        /// The table gives each backend its weight's share, to the precision of the draw.
-        #[test]
-        fn the_alias_table_keeps_the_weights(weights in prop::collection::vec(1_u32..=1000, 1..40)) {
-            let content: Vec<(Endpoint, u32)> = weights.iter().map(|w| (Endpoint::NONE, *w)).collect();
-            let cells = alias_table(&content);
-            let mut got = vec![0_f64; weights.len()];
-            for (slot, (threshold, alias)) in cells.iter().enumerate() {
-                prop_assert!((*alias as usize) < weights.len());
-                let stays = (f64::from(*threshold) + 1.0) / 4_294_967_296.0;
-                got[slot] += stays / weights.len() as f64;
-                got[*alias as usize] += (1.0 - stays) / weights.len() as f64;
-            }
-            let total: f64 = weights.iter().map(|w| f64::from(*w)).sum();
-            for (share, weight) in got.iter().zip(&weights) {
-                prop_assert!((share - f64::from(*weight) / total).abs() < 1e-6, "{share} for {weight} of {total}");
-            }
+    #[test]
+    fn weights_arrive_in_the_rows() {
+        let backends = vec![backend("10.0.0.2:80", 3), backend("10.0.0.1:80", 1)];
+        let (state, _) =
+            lower(&Intent { frontends: vec![direct("10.96.0.1:80", backends)], ..Intent::default() });
+        let set = &state.sets[&frontend_row(&state, "10.96.0.1:80").set];
+        let endpoints: Vec<String> = set.iter().map(|slot| slot.endpoint.to_string()).collect();
+        assert_eq!(endpoints, ["10.0.0.1:80", "10.0.0.2:80"]);
+        // 1 of 4 is half of the first of two cells; the second cell and the other half are the second backend's.
+        assert_eq!((set[0].threshold, set[0].alias), (u32::MAX / 2, 1));
+        assert_eq!(set[1].threshold, u32::MAX);
+    }
+
+    #[test]
+    fn a_service_may_be_huge() {
+        let backends: Vec<Backend> = (0..70_000_u32)
+            .map(|n| Backend { addr: (std::net::Ipv4Addr::from(0x0a00_0000 + n), 80).into(), weight: 1 })
+            .collect();
+        let (state, issues) =
+            lower(&Intent { frontends: vec![direct("10.96.0.1:80", backends)], ..Intent::default() });
+        let row = frontend_row(&state, "10.96.0.1:80");
+        assert_eq!((row.count, state.sets[&row.set].len(), issues.len()), (70_000, 70_000, 0));
+    }
+
+    #[test]
+    fn both_families_and_the_mapped_form() {
+        let frontends = vec![
+            direct("10.96.0.1:80", vec![backend("[::ffff:10.0.0.1]:80", 1), backend("10.0.0.1:80", 1)]),
+            direct("[fd00::1]:80", vec![backend("[fd00::2]:80", 1), backend("10.0.0.1:80", 1)]),
+        ];
+        let (state, issues) = lower(&Intent { frontends, ..Intent::default() });
+        let v4 = &state.sets[&frontend_row(&state, "10.96.0.1:80").set];
+        assert_eq!((v4.len(), v4[0].endpoint.to_string()), (1, "10.0.0.1:80".into()), "one and the same");
+        let v6 = &state.sets[&frontend_row(&state, "[fd00::1]:80").set];
+        assert_eq!((v6.len(), v6[0].endpoint.to_string()), (1, "[fd00::2]:80".into()));
+        assert_eq!(issues.len(), 1, "{issues:?}");
+    }
+
+    #[test]
+    fn only_balanced_frontends_have_a_set() {
+        let mut proxied = direct("10.96.0.1:80", vec![backend("10.0.0.1:80", 1)]);
+        proxied.verdict = Verdict::Proxy;
+        proxied.affinity = Some(Duration::from_secs(9));
+        let mut denied = direct("10.96.0.2:80", vec![]);
+        denied.verdict = Verdict::Deny(DenyReason::Policy);
+        let mut balanced = direct("10.96.0.3:80", vec![backend("10.0.0.1:80", 1)]);
+        balanced.affinity = Some(Duration::from_secs(9));
+        let (state, _) = lower(&Intent { frontends: vec![proxied, denied, balanced], ..Intent::default() });
+        let row = |addr| *frontend_row(&state, addr);
+        let zero = value::Frontend::zeroed();
+        assert_eq!(row("10.96.0.1:80"), value::Frontend { verdict: verdict::PROXY, ..zero });
+        assert_eq!(
+            row("10.96.0.2:80"),
+            value::Frontend { verdict: verdict::DENY, reason: deny::POLICY, ..zero }
+        );
+        let balanced = row("10.96.0.3:80");
+        assert_eq!((balanced.set, balanced.count, balanced.affinity_ns), (1, 1, 9_000_000_000));
+    }
+
+    #[test]
+    fn the_stricter_verdict_holds_for_an_address_claimed_twice() {
+        let addr = "10.0.0.1".parse().unwrap();
+        let claim = |verdict| Destination { addr, verdict };
+        for destinations in [
+            vec![claim(Verdict::Direct), claim(Verdict::Proxy)],
+            vec![claim(Verdict::Proxy), claim(Verdict::Direct)],
+        ] {
+            let (state, issues) = lower(&Intent { destinations, ..Intent::default() });
+            assert_eq!(state.destinations[&addr.into()].verdict, verdict::PROXY);
+            assert_eq!(issues, [Issue::DuplicateDestination(addr)]);
         }
+    }
+
+    #[test]
+    fn nothing_becomes_nothing_and_a_pod_without_a_family_has_no_listener_in_it() {
+        assert_eq!(lower(&Intent::default()), (BpfState::default(), vec![]));
+        let pod = CapturedPod {
+            cookie: 9,
+            addrs: vec!["10.0.0.7".parse().unwrap()],
+            outbound_v4: Some(40000),
+            outbound_v6: Some(40001),
+            strict: false,
+            port_strict: BTreeMap::new(),
+        };
+        let (state, _) = lower(&Intent { pods: vec![pod], ..Intent::default() });
+        let row = state.pods[&key::Netns::new(9)];
+        assert_eq!((row.outbound_v4.host(), row.outbound_v6), (40000, NetPort::NONE));
     }
 }

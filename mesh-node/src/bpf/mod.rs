@@ -4,6 +4,7 @@
 //! makes the maps equal to the rows (idempotent, referents first), [`datapath`] owns the loaded programs, [`sockmeta`]
 //! asks the kernel about single sockets. Deliberately absent: deciding what the intent is, which is `plan`'s part.
 
+mod alias;
 pub mod counters;
 pub mod datapath;
 pub mod events;
