@@ -45,7 +45,7 @@ fn a_right_peer_is_served_and_its_identity_is_authorized() -> Result<()> {
     assert!(answer.starts_with("ping pay-0 "), "{answer}");
     let before = cluster.node("node-b")?.scrape()?;
     assert_eq!(tunnel_to_pay(&cluster, Some(ca.issue(GUEST)?), None)?, Tunnel::Status(401));
-    await_refusal(&cluster, "node-b", &before, "policy")?;
+    await_refusal(&cluster, "node-b", &before, "denied")?;
     Ok(())
 }
 
@@ -96,8 +96,8 @@ fn plaintext_is_refused_under_strict_and_served_under_permissive() -> Result<()>
     let dialled = outside.dial(&format!("--to {strict}:{} --send hello", ports::WHO))?;
     assert_eq!(dialled.received, "", "{dialled:?}");
     assert!(!dialled.end.contains("timeout"), "{dialled:?}");
-    await_refusal(&cluster, "node-b", &before, "plaintext")?;
-    logged(&cluster, "node-b", "plaintext", &from, &strict.to_string())?;
+    await_refusal(&cluster, "node-b", &before, "plaintext_under_strict")?;
+    logged(&cluster, "node-b", "plaintext_under_strict", &from, &strict.to_string())?;
 
     let permissive = cluster.pod("shop/cart-1")?.spec.v4;
     let report = outside.connects(&format!("--to {permissive}:{} --n 200 --expect cart-1", ports::WHO))?;

@@ -31,6 +31,9 @@ pub(crate) mod vip {
 /// Metric of opened connections.
 pub(crate) const OPENED: &str = "istio_tcp_connections_opened_total";
 
+/// Metric of what the kernel did.
+pub(crate) const OUTCOMES: &str = "nodemesh_kernel_outcomes_total";
+
 /// How long a change of the configuration may take until it is in force everywhere.
 pub(crate) const PROPAGATION: Duration = Duration::from_secs(10);
 

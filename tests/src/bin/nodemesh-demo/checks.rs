@@ -23,6 +23,8 @@ const PAY_ID: &str = "spiffe://cluster.local/ns/shop/sa/pay";
 
 const OPENED: &str = "istio_tcp_connections_opened_total";
 
+const OUTCOMES: &str = "nodemesh_kernel_outcomes_total";
+
 /// Runs every check in order; a failed one does not stop the rest.
 pub(crate) fn run_all(cluster: &mut Cluster, table: &mut Table) {
     let cluster = &*cluster;
@@ -76,10 +78,16 @@ fn direct(cluster: &Cluster) -> Result<String> {
         ],
         400.0,
     )?;
-    let streams = after.sum("nodemesh_pool_connections_opened_total", &[])
-        - before.sum("nodemesh_pool_connections_opened_total", &[]);
-    ensure!(streams == 0.0, "{streams} tunnels were opened for it");
-    Ok(format!("400 connects to {LEDGER}: {} ({})", shares(&report), rate(&report)))
+    let outcome = |name| {
+        let labels = [("outcome", name)];
+        after.sum(OUTCOMES, &labels) - before.sum(OUTCOMES, &labels)
+    };
+    let (direct, proxied) = (outcome("connect_direct"), outcome("connect_proxy"));
+    ensure!(
+        direct == 400.0 && proxied == 0.0,
+        "the kernel counts {direct} direct and {proxied} proxied connects"
+    );
+    Ok(format!("400 connects to {LEDGER}: {}; 0 proxied ({})", shares(&report), rate(&report)))
 }
 
 fn udp(cluster: &Cluster) -> Result<String> {
@@ -196,13 +204,11 @@ fn reason(cluster: &Cluster, node: &str, before: &Scrape) -> Result<String> {
 }
 
 fn new_refusal(before: &Scrape, now: &Scrape) -> Option<String> {
-    let families = ["nodemesh_refusals_total", "nodemesh_kernel_denied_total"];
-    families.iter().find_map(|family| {
-        now.matching(family, &[]).find_map(|sample| {
-            let labels: Vec<(&str, &str)> =
-                sample.labels.iter().map(|(key, value)| (key.as_str(), value.as_str())).collect();
-            (sample.value > before.sum(family, &labels)).then(|| sample.labels.get("reason").cloned())?
-        })
+    let family = "nodemesh_refusals_total";
+    now.matching(family, &[]).find_map(|sample| {
+        let labels: Vec<(&str, &str)> =
+            sample.labels.iter().map(|(key, value)| (key.as_str(), value.as_str())).collect();
+        (sample.value > before.sum(family, &labels)).then(|| sample.labels.get("reason").cloned())?
     })
 }
 
