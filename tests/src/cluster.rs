@@ -9,7 +9,6 @@ use crate::{
     proc::{Place, Proc, binary},
     run::Run,
     sniff::Capture,
-    wait,
 };
 use anyhow::{Context, Result, bail};
 use std::{
@@ -259,10 +258,7 @@ impl Cluster {
             let name = format!("the application of {}", pod.key());
             let serves = pod.spec.args.first().is_some_and(|command| command == "serve");
             if let Some(app) = pod.app.as_mut().filter(|_| serves) {
-                wait::until_true(&name, Duration::from_secs(10), || {
-                    app.check_running()?;
-                    Ok(app.log().contains("ready"))
-                })?;
+                app.until(&name, Duration::from_secs(10), |app| Ok(app.log().contains("ready")))?;
             }
         }
         Ok(())

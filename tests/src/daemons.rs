@@ -226,13 +226,13 @@ impl Cluster {
         let proc =
             place.spawn("mesh-control", &binary("mesh-control")?, &args, &dir.join("mesh-control.log"))?;
         let mut control = Control { proc, config_dir: config_dir.to_owned(), data_dir: data_dir.to_owned() };
-        wait::until_true("mesh-control to serve xDS", START, || {
-            control.proc.check_running()?;
-            let listens = self.fabric.within(|| {
+        let (fabric, root) = (&self.fabric, control.root_ca());
+        control.proc.until("mesh-control to serve xDS", START, |_| {
+            let listens = fabric.within(|| {
                 let addr = (CONTROL_V4, 15012).into();
                 Ok(std::net::TcpStream::connect_timeout(&addr, Duration::from_millis(200)).is_ok())
             })?;
-            Ok(listens && control.root_ca().exists())
+            Ok(listens && root.exists())
         })?;
         self.control = Some(control);
         Ok(())
@@ -281,11 +281,12 @@ impl Cluster {
     pub fn wait_node_ready(&mut self, name: &str) -> Result<()> {
         let node = self.node_mut(name)?;
         let mut daemon = node.daemon.take().with_context(|| format!("node {name} has no daemon"))?;
-        let ready = wait::until_true(&format!("mesh-node {name} to be ready"), START, || {
-            daemon.proc.check_running()?;
-            Ok(node.http("/healthz/ready").is_ok_and(|(status, _)| status == 200))
+        let ready = daemon.proc.until(&format!("mesh-node {name} to be ready"), START, |_| {
+            let (status, body) = node.http("/healthz/ready")?;
+            anyhow::ensure!(status == 200, "/healthz/ready answers {status}: {}", body.trim());
+            Ok(true)
         });
-        let ready = ready.with_context(|| format!("its log:\n{}", crate::proc::tail(&daemon.proc.log(), 40)));
+        let ready = ready.with_context(|| format!("mesh-node {name} did not become ready"));
         node.daemon = Some(daemon);
         ready
     }

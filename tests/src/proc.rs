@@ -139,6 +139,21 @@ impl Proc {
         Ok(())
     }
 
+    /// Waits for `probe` to hold, but no longer than the process runs.
+    pub fn until(
+        &mut self,
+        what: &str,
+        deadline: Duration,
+        mut probe: impl FnMut(&Self) -> Result<bool>,
+    ) -> Result<()> {
+        wait::until(what, deadline, || {
+            if let Err(dead) = self.check_running() {
+                return Ok(Some(Err(dead)));
+            }
+            Ok(probe(self)?.then_some(Ok(())))
+        })?
+    }
+
     /// Sends a signal.
     pub fn signal(&self, signal: Signal) -> Result<()> {
         kill(Pid::from_raw(self.pid().cast_signed()), signal)
