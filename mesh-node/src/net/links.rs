@@ -51,7 +51,7 @@ mod tests {
         };
         let expected: Vec<IpAddr> = vec!["10.77.0.1".parse().unwrap(), "fd77::1".parse().unwrap()];
         assert_eq!(ns.addresses().unwrap(), expected);
-        testing::ip(&ns, &["link", "set", "eth0", "down"]);
+        testing::set_link(&ns, "eth0", false);
         assert_eq!(ns.addresses().unwrap(), Vec::<IpAddr>::new());
     }
 
