@@ -1,3 +1,6 @@
+//! Round trips of everything that can be written, and tables of what must be refused, closed or noted. Deliberately
+//! absent: how policies are evaluated.
+
 use super::*;
 use crate::model::*;
 use crate::wire::{nodemesh as ext, security as sec, workload as pb};

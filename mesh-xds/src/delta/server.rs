@@ -15,6 +15,9 @@ use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+/// What is kept of the message of a NACK; it is logged.
+const NACK_CHARS: usize = 4_096;
+
 /// Bounds of one stream.
 #[derive(Clone, Debug)]
 pub struct ServerLimits {
@@ -90,7 +93,7 @@ pub enum Answer {
     Ack,
     /// Some of it was refused.
     Nack {
-        /// The client's own words.
+        /// The client's own words, cut to a bounded length.
         message: String,
         /// The refused resources, if the client names them in the way of nodemesh; otherwise all of the response.
         names: Vec<Arc<str>>,
@@ -269,7 +272,7 @@ fn answer<V: View>(tracked: &mut Tracked, request: &DeltaDiscoveryRequest, view:
         let current = view.get(&request.type_url, &name);
         tracked.refused(name, version, current.as_ref().map(|r| &*r.version), now);
     }
-    Answer::Nack { message: error.message.clone(), names }
+    Answer::Nack { message: error.message.chars().take(NACK_CHARS).collect(), names }
 }
 
 type Sent = Vec<(Arc<str>, Arc<str>)>;

@@ -26,6 +26,9 @@ const MAX_REQUEST: usize = 64 << 20;
 /// Largest response that is written; what ztunnel reads.
 const MAX_RESPONSE: usize = 200 << 20;
 
+/// Longest node id, since it is logged.
+const MAX_NODE_ID: usize = 1_024;
+
 /// What a client is allowed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Admission {
@@ -37,6 +40,12 @@ pub struct Admission {
 
 /// Decides who may have a stream.
 pub trait Admit: Send + Sync + 'static {
+    /// Looks at the call's credentials before anything of it is read, so that a stranger cannot make the server read
+    /// a large request. The default leaves everything to [`admit`](Self::admit).
+    fn authenticate(&self, _metadata: &MetadataMap) -> impl Future<Output = Result<(), Status>> + Send {
+        std::future::ready(Ok(()))
+    }
+
     /// Looks at the call's metadata (credentials) and at what the client says about itself. The status of a refusal
     /// goes to the client.
     fn admit(
@@ -252,11 +261,18 @@ impl<A: Admit> Shared<A> {
             )));
         }
         let (metadata, _, mut inbound) = request.into_parts();
+        self.admit.authenticate(&metadata).await?;
         let first = timeout(self.config.first_request, inbound.message())
             .await
             .map_err(|_| Status::deadline_exceeded("no request came; the first one has to name the node"))??
             .ok_or_else(|| Status::invalid_argument("the stream ended before its first request"))?;
         let node = first.node.clone().unwrap_or_default();
+        if node.id.len() > MAX_NODE_ID {
+            return Err(Status::invalid_argument(format!(
+                "node.id has {} bytes; at most {MAX_NODE_ID} are read",
+                node.id.len()
+            )));
+        }
         let admission = self.admit.admit(&metadata, &node).await?;
         let mut snapshots = self.snapshots.clone();
         let view = FilteredView::new(snapshots.borrow_and_update().clone(), admission.audience);

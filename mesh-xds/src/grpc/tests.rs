@@ -5,6 +5,7 @@ use crate::convert::ADDRESS_TYPE;
 use crate::delta::{Audience, Backoff, Changes, Rejection, Resource, Snapshot, Subscription};
 use crate::wire::Any;
 use crate::wire::core::Node;
+use crate::wire::discovery::DeltaDiscoveryRequest;
 use crate::wire::discovery::aggregated_discovery_service_client::AggregatedDiscoveryServiceClient;
 use crate::wire::discovery::aggregated_discovery_service_server::AggregatedDiscoveryServiceServer;
 use std::collections::BTreeMap;
@@ -12,7 +13,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tokio::sync::{oneshot, watch};
 use tonic::metadata::MetadataMap;
-use tonic::{Code, Status};
+use tonic::{Code, Request, Status};
 
 const WAIT: Duration = Duration::from_secs(20);
 
@@ -20,10 +21,14 @@ const WAIT: Duration = Duration::from_secs(20);
 struct Gate;
 
 impl Admit for Gate {
-    async fn admit(&self, metadata: &MetadataMap, node: &Node) -> Result<Admission, Status> {
+    async fn authenticate(&self, metadata: &MetadataMap) -> Result<(), Status> {
         if metadata.get("authorization").is_none_or(|t| t != "Bearer right") {
             return Err(Status::unauthenticated("the token is not known here"));
         }
+        Ok(())
+    }
+
+    async fn admit(&self, _: &MetadataMap, node: &Node) -> Result<Admission, Status> {
         let audience = if node.cluster == "ours" { Audience::Nodemesh } else { Audience::Everyone };
         Ok(Admission { audience, label: node.id.clone() })
     }
@@ -273,5 +278,16 @@ async fn bounds_and_the_other_variant_are_refused_with_a_reason() {
     let world = World::new(AdsServerConfig::default());
     let mut raw = AggregatedDiscoveryServiceClient::new(world.service.clone().into_server());
     let status = raw.delta_aggregated_resources(tokio_stream::empty()).await.unwrap_err();
+    assert_eq!(status.code(), Code::Unauthenticated, "nothing is read of a stranger");
+    let call = |requests: Vec<DeltaDiscoveryRequest>| {
+        let mut call = Request::new(tokio_stream::iter(requests));
+        call.metadata_mut().insert("authorization", "Bearer right".parse().unwrap());
+        call
+    };
+    let status = raw.delta_aggregated_resources(call(vec![])).await.unwrap_err();
     assert_eq!(status.code(), Code::InvalidArgument);
+    let node = Some(Node { id: "x".repeat(2_000), ..Node::default() });
+    let first = DeltaDiscoveryRequest { node, type_url: ADDRESS_TYPE.into(), ..Default::default() };
+    let status = raw.delta_aggregated_resources(call(vec![first])).await.unwrap_err();
+    assert!(status.message().contains("node.id has 2000 bytes"));
 }
