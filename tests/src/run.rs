@@ -13,6 +13,7 @@ use nix::{
 };
 use serde::{Deserialize, Serialize};
 use std::{
+    collections::BTreeSet,
     fs::File,
     path::{Path, PathBuf},
     sync::{Mutex, Once, PoisonError},
@@ -134,13 +135,42 @@ fn handle_signals() {
 pub fn sweep() -> Result<()> {
     let lock = File::create(Path::new(BASE).join("lock"))?;
     let _lock = Flock::lock(lock, FlockArg::LockExclusive).map_err(|(_, errno)| errno).context("lock")?;
-    for (path, state) in states()? {
+    // Traces are listed before the state files are read: a run that begins meanwhile has its file first.
+    let cgroups = cgroup::mount_point()?;
+    let traces = traces(&cgroups)?;
+    let states = states()?;
+    for id in traces {
+        // An interrupted run may have made one more thing while its clean-up was under way.
+        if !states.iter().any(|(path, _)| path.file_stem().is_some_and(|stem| *stem == *id)) {
+            remove(&id, &cgroups.join(format!("{PREFIX}-{id}")))
+                .with_context(|| format!("remove the rest of {id}"))?;
+        }
+    }
+    for (path, state) in states {
         let Some(id) = path.file_stem().and_then(|stem| stem.to_str()) else { continue };
         if start_time(state.pid).ok() != Some(state.start_time) {
             remove(id, &state.cgroup).with_context(|| format!("remove the dead run {id}"))?;
         }
     }
     Ok(())
+}
+
+/// Ids of the runs of which a namespace, a cgroup or a directory exists.
+fn traces(cgroups: &Path) -> Result<BTreeSet<String>> {
+    let names = |dir: &Path| -> Vec<String> {
+        let entries = std::fs::read_dir(dir).into_iter().flatten();
+        entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok()).collect()
+    };
+    let mut ids: BTreeSet<String> = names(Path::new(BASE)).into_iter().filter(|name| is_id(name)).collect();
+    for name in netns::list(&format!("{PREFIX}-"))?.into_iter().chain(names(cgroups)) {
+        let id = name.strip_prefix(PREFIX).and_then(|rest| rest.strip_prefix('-')?.split('-').next());
+        ids.extend(id.filter(|id| is_id(id)).map(str::to_owned));
+    }
+    Ok(ids)
+}
+
+fn is_id(text: &str) -> bool {
+    text.len() == 6 && text.bytes().all(|byte| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte))
 }
 
 /// Directories of the runs whose owner is alive.
@@ -152,6 +182,11 @@ pub fn live_dirs() -> Result<Vec<PathBuf>> {
         }
     }
     Ok(dirs)
+}
+
+/// The directory of the run that a process owns, alive or not.
+pub fn dir_of(pid: u32) -> Result<Option<PathBuf>> {
+    Ok(states()?.into_iter().find(|(_, state)| state.pid == pid).map(|(path, _)| path.with_extension("")))
 }
 
 /// All state files with their content.
@@ -215,6 +250,14 @@ fn parse_start_time(stat: &str) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn only_ids_are_taken_for_ids() {
+        assert!(is_id("0a1b2c"));
+        for other in ["lock", "0A1B2C", "0a1b2", "nodeab", ""] {
+            assert!(!is_id(other), "{other}");
+        }
+    }
 
     #[test]
     fn start_time_survives_odd_command_names() {

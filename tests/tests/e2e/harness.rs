@@ -1,8 +1,16 @@
 //! The harness itself: pods reach each other without any mesh, in both families, and nothing stays behind.
 
-use crate::support::bare;
-use anyhow::Result;
-use mesh_tests::{app::ports, netns};
+use crate::support::{bare, quickstart};
+use anyhow::{Context, Result};
+use mesh_tests::{app::ports, cgroup, netns, run, wait};
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+use std::{
+    process::{Command, Stdio},
+    time::Duration,
+};
 
 #[test]
 fn pods_reach_each_other_without_a_mesh() -> Result<()> {
@@ -82,5 +90,53 @@ fn a_dropped_cluster_leaves_nothing_behind() -> Result<()> {
     assert_eq!(netns::list(&prefix)?, Vec::<String>::new());
     assert!(!cgroup.exists());
     assert!(!dir.exists());
+    Ok(())
+}
+
+/// Starts a run in another process, sends it a signal in the middle, and returns its id.
+fn interrupted_run(signal: Signal) -> Result<String> {
+    let mut child = Command::new(env!("CARGO_BIN_EXE_nodemesh-demo"))
+        .arg("--config")
+        .arg(quickstart())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()?;
+    let id = wait::until("the other run to have namespaces and processes", Duration::from_secs(20), || {
+        let Some(dir) = run::dir_of(child.id())? else { return Ok(None) };
+        let id = dir.file_name().and_then(|name| name.to_str()).context("id")?.to_owned();
+        Ok(dir.join("control/mesh-control.log").exists().then_some(id))
+    })?;
+    kill(Pid::from_raw(child.id().cast_signed()), signal)?;
+    child.wait()?;
+    Ok(id)
+}
+
+/// Namespaces and cgroup of a run that still exist.
+fn traces(id: &str) -> Result<Vec<String>> {
+    let mut traces = netns::list(&format!("nodemesh-{id}-"))?;
+    let cgroup = cgroup::mount_point()?.join(format!("nodemesh-{id}"));
+    if cgroup.exists() {
+        traces.push(cgroup.display().to_string());
+    }
+    let mounts = std::fs::read_to_string("/proc/self/mounts")?;
+    traces.extend(mounts.lines().filter(|line| line.contains(id)).map(str::to_owned));
+    Ok(traces)
+}
+
+#[test]
+fn a_crashed_run_is_removed_by_the_next_one() -> Result<()> {
+    let id = interrupted_run(Signal::SIGKILL)?;
+    assert!(!traces(&id)?.is_empty(), "a killed process cannot clean up");
+    drop(run::Run::begin()?);
+    assert_eq!(traces(&id)?, Vec::<String>::new());
+    Ok(())
+}
+
+#[test]
+fn an_interrupted_run_cleans_up_itself() -> Result<()> {
+    for signal in [Signal::SIGINT, Signal::SIGTERM] {
+        let id = interrupted_run(signal)?;
+        assert_eq!(traces(&id)?, Vec::<String>::new(), "{signal}");
+    }
     Ok(())
 }
