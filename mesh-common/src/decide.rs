@@ -3,7 +3,7 @@
 //! Everything is `inline(always)` and free of panics, for the verifier's sake. Absent: the look-ups themselves.
 
 use crate::code::{counter, deny, inbound, port, proto, verdict};
-use crate::net::{Endpoint, Ip, NetPort};
+use crate::net::{Endpoint, Ip};
 use crate::value;
 
 /// What becomes of a connect or of a datagram.
@@ -165,26 +165,17 @@ pub fn app_bytes(acked: u64, received: u64, old_state: u32) -> (u64, u64) {
 /// True for the daemon's outbound listener in this pod.
 #[inline(always)]
 pub fn is_outbound_listener(pod: &value::Pod, local: &Endpoint) -> bool {
-    let port = if local.addr.is_v4() { pod.outbound_v4 } else { pod.outbound_v6 };
-    port.is_some() && port.be == local.port.be
-}
-
-/// Host-order port of a listening socket that the daemon itself opens in a pod.
-#[inline(always)]
-pub fn is_capture_port(port: NetPort) -> bool {
-    let port = port.host();
-    port == port::INBOUND_PLAIN || port == port::INBOUND_HBONE
+    let (addr, port) =
+        if local.addr.is_v4() { (&pod.addr_v4, pod.outbound_v4) } else { (&pod.addr_v6, pod.outbound_v6) };
+    port.is_some() && port.be == local.port.be && addr.same(&local.addr)
 }
 
 #[cfg(all(test, feature = "user"))]
 mod tests {
     use super::*;
+    use crate::net::NetPort;
     use crate::pod::Pod as _;
     use std::net::IpAddr;
-
-    mod port {
-        pub(super) use crate::code::port::*;
-    }
 
     fn ip(text: &str) -> Ip {
         text.parse::<IpAddr>().unwrap().into()

@@ -104,9 +104,9 @@ abi! {
     }
 
     /// How many sockets listen; SO_REUSEPORT makes it more than one.
-    pub struct Listener: 4 {
-        /// The number.
-        pub count: u32 = 0,
+    pub struct Listener: 8 {
+        /// The number; 64 bits, since the BPF target has no smaller atomics.
+        pub count: u64 = 0,
     }
 
     /// A captured pod as the receiving side, by each of its addresses.

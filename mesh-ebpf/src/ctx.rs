@@ -1,0 +1,284 @@
+//! Reads and writes of the contexts.
+//!
+//! Every read is volatile and comes before any branch on the family: LLVM otherwise merges loads of two branches into
+//! one load through a computed context pointer, which the verifier refuses ("dereference of modified ctx ptr").
+
+use aya_ebpf::{
+    EbpfContext as _,
+    bindings::{bpf_sk_lookup, bpf_sock, bpf_sock_addr, bpf_sock_ops},
+    helpers::{
+        bpf_get_current_ancestor_cgroup_id, bpf_get_current_cgroup_id, bpf_get_current_pid_tgid,
+        bpf_get_netns_cookie, bpf_get_prandom_u32, bpf_get_socket_cookie, bpf_ktime_get_ns, bpf_set_retval,
+        bpf_sock_ops_cb_flags_set,
+    },
+    programs::{SkLookupContext, SockAddrContext, SockOpsContext},
+};
+use mesh_common::{
+    net::{Endpoint, Ip, NetPort},
+    value,
+};
+
+/// What a cgroup socket-address program returns to let the system call go on.
+pub(crate) const ALLOW: i32 = 1;
+/// What makes the system call fail, with the error of [`refuse`].
+const REFUSE: i32 = 0;
+
+const ECONNREFUSED: i32 = 111;
+
+/// `AF_INET`, the same on every architecture.
+const AF_INET: u32 = 2;
+/// `AF_INET6`.
+const AF_INET6: u32 = 10;
+
+/// One volatile read of a context field.
+macro_rules! read {
+    ($ctx:expr, $($field:tt)+) => {
+        // SAFETY: the context is live while the program runs, and the verifier checks the offset and the size.
+        unsafe { core::ptr::read_volatile(&raw const (*$ctx).$($field)+) }
+    };
+}
+
+/// One volatile write of a context field.
+macro_rules! write {
+    ($ctx:expr, [$($field:tt)+], $value:expr) => {
+        // SAFETY: as for reads; the verifier checks that the field may be written.
+        unsafe { core::ptr::write_volatile(&raw mut (*$ctx).$($field)+, $value) }
+    };
+}
+
+/// The two families of socket-address programs.
+pub(crate) trait Family {
+    /// The address in the context: a destination, or the peer that is about to be shown.
+    fn address(ctx: &SockAddrContext) -> Endpoint;
+    /// Replaces it; false when this family cannot carry the address.
+    fn rewrite(ctx: &SockAddrContext, to: &Endpoint) -> bool;
+}
+
+/// Programs that end in 4.
+pub(crate) enum V4 {}
+/// Programs that end in 6; IPv4 destinations come in their mapped form, and leave so.
+pub(crate) enum V6 {}
+
+impl Family for V4 {
+    #[inline(always)]
+    fn address(ctx: &SockAddrContext) -> Endpoint {
+        let addr: *mut bpf_sock_addr = ctx.sock_addr;
+        Endpoint::new(Ip::v4(read!(addr, user_ip4)), NetPort::from_be(read!(addr, user_port) as u16))
+    }
+
+    #[inline(always)]
+    fn rewrite(ctx: &SockAddrContext, to: &Endpoint) -> bool {
+        if !to.addr.is_v4() {
+            return false;
+        }
+        let addr: *mut bpf_sock_addr = ctx.sock_addr;
+        write!(addr, [user_ip4], to.addr.v4_word());
+        write!(addr, [user_port], u32::from(to.port.be));
+        true
+    }
+}
+
+impl Family for V6 {
+    #[inline(always)]
+    fn address(ctx: &SockAddrContext) -> Endpoint {
+        let addr: *mut bpf_sock_addr = ctx.sock_addr;
+        let words = [
+            read!(addr, user_ip6[0]),
+            read!(addr, user_ip6[1]),
+            read!(addr, user_ip6[2]),
+            read!(addr, user_ip6[3]),
+        ];
+        Endpoint::new(Ip::v6(words), NetPort::from_be(read!(addr, user_port) as u16))
+    }
+
+    #[inline(always)]
+    fn rewrite(ctx: &SockAddrContext, to: &Endpoint) -> bool {
+        let addr: *mut bpf_sock_addr = ctx.sock_addr;
+        write!(addr, [user_ip6[0]], to.addr.words[0]);
+        write!(addr, [user_ip6[1]], to.addr.words[1]);
+        write!(addr, [user_ip6[2]], to.addr.words[2]);
+        write!(addr, [user_ip6[3]], to.addr.words[3]);
+        write!(addr, [user_port], u32::from(to.port.be));
+        true
+    }
+}
+
+/// The IP protocol of the socket; 0 for one that is not captured.
+#[inline(always)]
+pub(crate) fn protocol(ctx: &SockAddrContext) -> u8 {
+    let protocol = read!(ctx.sock_addr, protocol);
+    if protocol > 255 { 0 } else { protocol as u8 }
+}
+
+/// The socket, never null in these programs.
+#[inline(always)]
+pub(crate) fn socket(ctx: &SockAddrContext) -> *mut bpf_sock {
+    read!(ctx.sock_addr, __bindgen_anon_1.sk)
+}
+
+/// The cookie of the socket's network namespace.
+#[inline(always)]
+pub(crate) fn netns(ctx: &SockAddrContext) -> u64 {
+    // SAFETY: the helper takes a socket-address context.
+    unsafe { bpf_get_netns_cookie(ctx.as_ptr()) }
+}
+
+/// The socket's own cookie.
+#[inline(always)]
+pub(crate) fn socket_cookie(ctx: &SockAddrContext) -> u64 {
+    // SAFETY: the helper takes a socket-address context.
+    unsafe { bpf_get_socket_cookie(ctx.as_ptr()) }
+}
+
+/// Makes the system call fail with ECONNREFUSED; to be returned.
+#[inline(always)]
+pub(crate) fn refuse() -> i32 {
+    // SAFETY: the helper sets the return value of the running hook.
+    unsafe { bpf_set_retval(-ECONNREFUSED) };
+    REFUSE
+}
+
+/// Whether the calling process is the daemon. By cgroup and not by socket mark, which a container can set.
+#[inline(always)]
+pub(crate) fn is_daemon(config: &value::Config) -> bool {
+    // SAFETY: the helper has no arguments.
+    unsafe { bpf_get_current_cgroup_id() == config.daemon_cgroup }
+}
+
+/// Whether the calling process is outside the pods' cgroup.
+#[inline(always)]
+pub(crate) fn is_host_process(config: &value::Config) -> bool {
+    // SAFETY: the helper takes a number and gives 0 for a level that the process's cgroup does not have.
+    let ancestor = unsafe { bpf_get_current_ancestor_cgroup_id(config.pods_level as i32) };
+    config.pods_cgroup != 0 && ancestor != config.pods_cgroup
+}
+
+/// The monotonic clock in nanoseconds.
+#[inline(always)]
+pub(crate) fn now() -> u64 {
+    // SAFETY: the helper has no arguments.
+    unsafe { bpf_ktime_get_ns() }
+}
+
+/// 32 random bits, good enough to balance.
+#[inline(always)]
+pub(crate) fn random() -> u32 {
+    // SAFETY: the helper has no arguments.
+    unsafe { bpf_get_prandom_u32() }
+}
+
+/// The calling process.
+#[inline(always)]
+pub(crate) fn process() -> u32 {
+    (bpf_get_current_pid_tgid() >> 32) as u32
+}
+
+/// What a sockops program needs to know about its connection.
+pub(crate) struct Connection {
+    /// This machine's side.
+    pub(crate) local: Endpoint,
+    /// The other side.
+    pub(crate) remote: Endpoint,
+}
+
+/// Reads both addresses. IPv4 sockets have IPv4 addresses, IPv6 sockets carry IPv4 in its mapped form.
+#[inline(always)]
+pub(crate) fn connection(ctx: &SockOpsContext) -> Connection {
+    let ops: *mut bpf_sock_ops = ctx.ops;
+    let family = read!(ops, family);
+    let (remote_v4, local_v4) = (read!(ops, remote_ip4), read!(ops, local_ip4));
+    let remote_v6 = [
+        read!(ops, remote_ip6[0]),
+        read!(ops, remote_ip6[1]),
+        read!(ops, remote_ip6[2]),
+        read!(ops, remote_ip6[3]),
+    ];
+    let local_v6 = [
+        read!(ops, local_ip6[0]),
+        read!(ops, local_ip6[1]),
+        read!(ops, local_ip6[2]),
+        read!(ops, local_ip6[3]),
+    ];
+    // Network order in the word's upper half in memory order, unlike local_port, which is in host order.
+    let remote_port = NetPort::new(u32::from_be(read!(ops, remote_port)) as u16);
+    let local_port = NetPort::new(read!(ops, local_port) as u16);
+    let (remote, local) = if family == AF_INET6 {
+        (Ip::v6(remote_v6), Ip::v6(local_v6))
+    } else {
+        (Ip::v4(remote_v4), Ip::v4(local_v4))
+    };
+    Connection { local: Endpoint::new(local, local_port), remote: Endpoint::new(remote, remote_port) }
+}
+
+/// The event that called a sockops program.
+#[inline(always)]
+pub(crate) fn sock_ops_event(ctx: &SockOpsContext) -> u32 {
+    read!(ctx.ops, op)
+}
+
+/// The old and the new state of a `STATE_CB`.
+#[inline(always)]
+pub(crate) fn state_change(ctx: &SockOpsContext) -> (u32, u32) {
+    (read!(ctx.ops, __bindgen_anon_1.args[0]), read!(ctx.ops, __bindgen_anon_1.args[1]))
+}
+
+/// Sequence numbers that the peer acknowledged and that it sent: (acked, received).
+#[inline(always)]
+pub(crate) fn byte_counts(ctx: &SockOpsContext) -> (u64, u64) {
+    (read!(ctx.ops, bytes_acked), read!(ctx.ops, bytes_received))
+}
+
+/// The socket; null unless it is a full one.
+#[inline(always)]
+pub(crate) fn sock_ops_socket(ctx: &SockOpsContext) -> *mut bpf_sock {
+    read!(ctx.ops, __bindgen_anon_2.sk)
+}
+
+/// The cookie of the socket's network namespace.
+#[inline(always)]
+pub(crate) fn sock_ops_netns(ctx: &SockOpsContext) -> u64 {
+    // SAFETY: the helper takes a sockops context.
+    unsafe { bpf_get_netns_cookie(ctx.as_ptr()) }
+}
+
+/// Adds and removes callback flags, leaving those of other programs.
+#[inline(always)]
+pub(crate) fn change_flags(ctx: &SockOpsContext, add: u32, remove: u32) {
+    let flags = read!(ctx.ops, bpf_sock_ops_cb_flags);
+    let wanted = (flags | add) & !remove;
+    if wanted != flags {
+        // SAFETY: the helper takes the sockops context itself. The only error, an unknown flag, cannot happen.
+        unsafe { bpf_sock_ops_cb_flags_set(ctx.ops, wanted as i32) };
+    }
+}
+
+/// What an sk_lookup program decides on; `None` for another family.
+#[inline(always)]
+pub(crate) fn lookup(ctx: &SkLookupContext) -> Option<(u32, Connection)> {
+    let lookup: *mut bpf_sk_lookup = ctx.lookup;
+    let (family, protocol) = (read!(lookup, family), read!(lookup, protocol));
+    let (remote_v4, local_v4) = (read!(lookup, remote_ip4), read!(lookup, local_ip4));
+    let remote_v6 = [
+        read!(lookup, remote_ip6[0]),
+        read!(lookup, remote_ip6[1]),
+        read!(lookup, remote_ip6[2]),
+        read!(lookup, remote_ip6[3]),
+    ];
+    let local_v6 = [
+        read!(lookup, local_ip6[0]),
+        read!(lookup, local_ip6[1]),
+        read!(lookup, local_ip6[2]),
+        read!(lookup, local_ip6[3]),
+    ];
+    // Here it is the remote port that comes in network order as 16 bits, and the local one in host order.
+    let remote_port = NetPort::from_be(read!(lookup, remote_port));
+    let local_port = NetPort::new(read!(lookup, local_port) as u16);
+    let (remote, local) = match family {
+        AF_INET => (Ip::v4(remote_v4), Ip::v4(local_v4)),
+        AF_INET6 => (Ip::v6(remote_v6), Ip::v6(local_v6)),
+        _ => return None,
+    };
+    let connection =
+        Connection { local: Endpoint::new(local, local_port), remote: Endpoint::new(remote, remote_port) };
+    Some((protocol, connection))
+}
