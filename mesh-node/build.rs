@@ -25,7 +25,9 @@ fn build() -> Result<(), Box<dyn Error>> {
     let workspace = Path::new(&manifest).parent().ok_or("mesh-node has no parent folder")?;
     let arch = env::var("CARGO_CFG_TARGET_ARCH")?;
     let out = env::var("OUT_DIR")?;
-    let target_dir = Path::new(&out).join("bpf");
+    // OUT_DIR is PROFILE/build/PACKAGE-HASH/out, and there is one for each set of features: they share the BPF build.
+    let profile = Path::new(&out).ancestors().nth(3).ok_or("OUT_DIR is not below a profile's folder")?;
+    let target_dir = profile.join("bpf");
 
     let chain = toolchain::find()?;
     let status = chain.cargo("build", workspace, &target_dir, &arch).status()?;

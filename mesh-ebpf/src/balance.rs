@@ -14,7 +14,11 @@ use mesh_common::{
 
 /// A backend for a client of the network namespace `cookie`, or a `code::deny`.
 #[inline(always)]
-pub(crate) fn backend(cookie: u64, service: &key::Frontend, frontend: &value::Frontend) -> Result<Endpoint, u8> {
+pub(crate) fn backend(
+    cookie: u64,
+    service: &key::Frontend,
+    frontend: &value::Frontend,
+) -> Result<Endpoint, u8> {
     if frontend.affinity_ns == 0 {
         return pick(service, frontend);
     }

@@ -1,7 +1,7 @@
 //! Reads and writes of the contexts.
 //!
-//! Every read is volatile and comes before any branch on the family: LLVM otherwise merges loads of two branches into
-//! one load through a computed context pointer, which the verifier refuses ("dereference of modified ctx ptr").
+//! In assembly: LLVM otherwise merges accesses of two branches, or computes a field's address early and keeps it, and
+//! the verifier refuses an access through a computed context pointer ("dereference of modified ctx ptr").
 
 use aya_ebpf::{
     EbpfContext as _,
@@ -30,20 +30,45 @@ const AF_INET: u32 = 2;
 /// `AF_INET6`.
 const AF_INET6: u32 = 10;
 
-/// One volatile read of a context field.
+/// Reads one context field, by the type of the context, the field and its width in the context.
 macro_rules! read {
-    ($ctx:expr, $($field:tt)+) => {
-        // SAFETY: the context is live while the program runs, and the verifier checks the offset and the size.
-        unsafe { core::ptr::read_volatile(&raw const (*$ctx).$($field)+) }
+    ($ctx:expr, $context:ty, $field:ident) => {
+        read!($ctx, $context, $field, 0, "u32", u32)
     };
+    ($ctx:expr, $context:ty, $field:ident[$index:literal]) => {
+        read!($ctx, $context, $field, $index, "u32", u32)
+    };
+    ($ctx:expr, $context:ty, $field:ident, $index:literal, $width:literal, $value:ty) => {{
+        let ctx: *mut $context = $ctx;
+        let value: u64;
+        // SAFETY: the context is live while the program runs, and the verifier checks the offset and the width.
+        unsafe {
+            core::arch::asm!(
+                concat!("{value} = *(", $width, " *)({ctx} + {offset})"),
+                value = out(reg) value,
+                ctx = in(reg) ctx,
+                offset = const core::mem::offset_of!($context, $field) + 4 * $index,
+            );
+        }
+        value as $value
+    }};
 }
 
-/// One volatile write of a context field.
+/// Writes one context field of 32 bits.
 macro_rules! write {
-    ($ctx:expr, [$($field:tt)+], $value:expr) => {
+    ($ctx:expr, $context:ty, $field:ident, $index:literal, $value:expr) => {{
+        let ctx: *mut $context = $ctx;
+        let value: u64 = u64::from($value);
         // SAFETY: as for reads; the verifier checks that the field may be written.
-        unsafe { core::ptr::write_volatile(&raw mut (*$ctx).$($field)+, $value) }
-    };
+        unsafe {
+            core::arch::asm!(
+                "*(u32 *)({ctx} + {offset}) = {value}",
+                value = in(reg) value,
+                ctx = in(reg) ctx,
+                offset = const core::mem::offset_of!($context, $field) + 4 * $index,
+            );
+        }
+    }};
 }
 
 /// The two families of socket-address programs.
@@ -63,7 +88,10 @@ impl Family for V4 {
     #[inline(always)]
     fn address(ctx: &SockAddrContext) -> Endpoint {
         let addr: *mut bpf_sock_addr = ctx.sock_addr;
-        Endpoint::new(Ip::v4(read!(addr, user_ip4)), NetPort::from_be(read!(addr, user_port) as u16))
+        Endpoint::new(
+            Ip::v4(read!(addr, bpf_sock_addr, user_ip4)),
+            NetPort::from_be(read!(addr, bpf_sock_addr, user_port) as u16),
+        )
     }
 
     #[inline(always)]
@@ -72,8 +100,8 @@ impl Family for V4 {
             return false;
         }
         let addr: *mut bpf_sock_addr = ctx.sock_addr;
-        write!(addr, [user_ip4], to.addr.v4_word());
-        write!(addr, [user_port], u32::from(to.port.be));
+        write!(addr, bpf_sock_addr, user_ip4, 0, to.addr.v4_word());
+        write!(addr, bpf_sock_addr, user_port, 0, u32::from(to.port.be));
         true
     }
 }
@@ -83,22 +111,22 @@ impl Family for V6 {
     fn address(ctx: &SockAddrContext) -> Endpoint {
         let addr: *mut bpf_sock_addr = ctx.sock_addr;
         let words = [
-            read!(addr, user_ip6[0]),
-            read!(addr, user_ip6[1]),
-            read!(addr, user_ip6[2]),
-            read!(addr, user_ip6[3]),
+            read!(addr, bpf_sock_addr, user_ip6[0]),
+            read!(addr, bpf_sock_addr, user_ip6[1]),
+            read!(addr, bpf_sock_addr, user_ip6[2]),
+            read!(addr, bpf_sock_addr, user_ip6[3]),
         ];
-        Endpoint::new(Ip::v6(words), NetPort::from_be(read!(addr, user_port) as u16))
+        Endpoint::new(Ip::v6(words), NetPort::from_be(read!(addr, bpf_sock_addr, user_port) as u16))
     }
 
     #[inline(always)]
     fn rewrite(ctx: &SockAddrContext, to: &Endpoint) -> bool {
         let addr: *mut bpf_sock_addr = ctx.sock_addr;
-        write!(addr, [user_ip6[0]], to.addr.words[0]);
-        write!(addr, [user_ip6[1]], to.addr.words[1]);
-        write!(addr, [user_ip6[2]], to.addr.words[2]);
-        write!(addr, [user_ip6[3]], to.addr.words[3]);
-        write!(addr, [user_port], u32::from(to.port.be));
+        write!(addr, bpf_sock_addr, user_ip6, 0, to.addr.words[0]);
+        write!(addr, bpf_sock_addr, user_ip6, 1, to.addr.words[1]);
+        write!(addr, bpf_sock_addr, user_ip6, 2, to.addr.words[2]);
+        write!(addr, bpf_sock_addr, user_ip6, 3, to.addr.words[3]);
+        write!(addr, bpf_sock_addr, user_port, 0, u32::from(to.port.be));
         true
     }
 }
@@ -106,14 +134,14 @@ impl Family for V6 {
 /// The IP protocol of the socket; 0 for one that is not captured.
 #[inline(always)]
 pub(crate) fn protocol(ctx: &SockAddrContext) -> u8 {
-    let protocol = read!(ctx.sock_addr, protocol);
+    let protocol = read!(ctx.sock_addr, bpf_sock_addr, protocol);
     if protocol > 255 { 0 } else { protocol as u8 }
 }
 
 /// The socket, never null in these programs.
 #[inline(always)]
 pub(crate) fn socket(ctx: &SockAddrContext) -> *mut bpf_sock {
-    read!(ctx.sock_addr, __bindgen_anon_1.sk)
+    read!(ctx.sock_addr, bpf_sock_addr, __bindgen_anon_1, 0, "u64", *mut bpf_sock)
 }
 
 /// The cookie of the socket's network namespace.
@@ -185,23 +213,23 @@ pub(crate) struct Connection {
 #[inline(always)]
 pub(crate) fn connection(ctx: &SockOpsContext) -> Connection {
     let ops: *mut bpf_sock_ops = ctx.ops;
-    let family = read!(ops, family);
-    let (remote_v4, local_v4) = (read!(ops, remote_ip4), read!(ops, local_ip4));
+    let family = read!(ops, bpf_sock_ops, family);
+    let (remote_v4, local_v4) = (read!(ops, bpf_sock_ops, remote_ip4), read!(ops, bpf_sock_ops, local_ip4));
     let remote_v6 = [
-        read!(ops, remote_ip6[0]),
-        read!(ops, remote_ip6[1]),
-        read!(ops, remote_ip6[2]),
-        read!(ops, remote_ip6[3]),
+        read!(ops, bpf_sock_ops, remote_ip6[0]),
+        read!(ops, bpf_sock_ops, remote_ip6[1]),
+        read!(ops, bpf_sock_ops, remote_ip6[2]),
+        read!(ops, bpf_sock_ops, remote_ip6[3]),
     ];
     let local_v6 = [
-        read!(ops, local_ip6[0]),
-        read!(ops, local_ip6[1]),
-        read!(ops, local_ip6[2]),
-        read!(ops, local_ip6[3]),
+        read!(ops, bpf_sock_ops, local_ip6[0]),
+        read!(ops, bpf_sock_ops, local_ip6[1]),
+        read!(ops, bpf_sock_ops, local_ip6[2]),
+        read!(ops, bpf_sock_ops, local_ip6[3]),
     ];
     // Network order in the word's upper half in memory order, unlike local_port, which is in host order.
-    let remote_port = NetPort::new(u32::from_be(read!(ops, remote_port)) as u16);
-    let local_port = NetPort::new(read!(ops, local_port) as u16);
+    let remote_port = NetPort::new(u32::from_be(read!(ops, bpf_sock_ops, remote_port)) as u16);
+    let local_port = NetPort::new(read!(ops, bpf_sock_ops, local_port) as u16);
     let (remote, local) = if family == AF_INET6 {
         (Ip::v6(remote_v6), Ip::v6(local_v6))
     } else {
@@ -213,25 +241,28 @@ pub(crate) fn connection(ctx: &SockOpsContext) -> Connection {
 /// The event that called a sockops program.
 #[inline(always)]
 pub(crate) fn sock_ops_event(ctx: &SockOpsContext) -> u32 {
-    read!(ctx.ops, op)
+    read!(ctx.ops, bpf_sock_ops, op)
 }
 
 /// The old and the new state of a `STATE_CB`.
 #[inline(always)]
 pub(crate) fn state_change(ctx: &SockOpsContext) -> (u32, u32) {
-    (read!(ctx.ops, __bindgen_anon_1.args[0]), read!(ctx.ops, __bindgen_anon_1.args[1]))
+    (read!(ctx.ops, bpf_sock_ops, __bindgen_anon_1[0]), read!(ctx.ops, bpf_sock_ops, __bindgen_anon_1[1]))
 }
 
 /// Sequence numbers that the peer acknowledged and that it sent: (acked, received).
 #[inline(always)]
 pub(crate) fn byte_counts(ctx: &SockOpsContext) -> (u64, u64) {
-    (read!(ctx.ops, bytes_acked), read!(ctx.ops, bytes_received))
+    (
+        read!(ctx.ops, bpf_sock_ops, bytes_acked, 0, "u64", u64),
+        read!(ctx.ops, bpf_sock_ops, bytes_received, 0, "u64", u64),
+    )
 }
 
 /// The socket; null unless it is a full one.
 #[inline(always)]
 pub(crate) fn sock_ops_socket(ctx: &SockOpsContext) -> *mut bpf_sock {
-    read!(ctx.ops, __bindgen_anon_2.sk)
+    read!(ctx.ops, bpf_sock_ops, __bindgen_anon_2, 0, "u64", *mut bpf_sock)
 }
 
 /// The cookie of the socket's network namespace.
@@ -244,7 +275,7 @@ pub(crate) fn sock_ops_netns(ctx: &SockOpsContext) -> u64 {
 /// Adds and removes callback flags, leaving those of other programs.
 #[inline(always)]
 pub(crate) fn change_flags(ctx: &SockOpsContext, add: u32, remove: u32) {
-    let flags = read!(ctx.ops, bpf_sock_ops_cb_flags);
+    let flags = read!(ctx.ops, bpf_sock_ops, bpf_sock_ops_cb_flags);
     let wanted = (flags | add) & !remove;
     if wanted != flags {
         // SAFETY: the helper takes the sockops context itself. The only error, an unknown flag, cannot happen.
@@ -256,23 +287,24 @@ pub(crate) fn change_flags(ctx: &SockOpsContext, add: u32, remove: u32) {
 #[inline(always)]
 pub(crate) fn lookup(ctx: &SkLookupContext) -> Option<(u32, Connection)> {
     let lookup: *mut bpf_sk_lookup = ctx.lookup;
-    let (family, protocol) = (read!(lookup, family), read!(lookup, protocol));
-    let (remote_v4, local_v4) = (read!(lookup, remote_ip4), read!(lookup, local_ip4));
+    let (family, protocol) = (read!(lookup, bpf_sk_lookup, family), read!(lookup, bpf_sk_lookup, protocol));
+    let (remote_v4, local_v4) =
+        (read!(lookup, bpf_sk_lookup, remote_ip4), read!(lookup, bpf_sk_lookup, local_ip4));
     let remote_v6 = [
-        read!(lookup, remote_ip6[0]),
-        read!(lookup, remote_ip6[1]),
-        read!(lookup, remote_ip6[2]),
-        read!(lookup, remote_ip6[3]),
+        read!(lookup, bpf_sk_lookup, remote_ip6[0]),
+        read!(lookup, bpf_sk_lookup, remote_ip6[1]),
+        read!(lookup, bpf_sk_lookup, remote_ip6[2]),
+        read!(lookup, bpf_sk_lookup, remote_ip6[3]),
     ];
     let local_v6 = [
-        read!(lookup, local_ip6[0]),
-        read!(lookup, local_ip6[1]),
-        read!(lookup, local_ip6[2]),
-        read!(lookup, local_ip6[3]),
+        read!(lookup, bpf_sk_lookup, local_ip6[0]),
+        read!(lookup, bpf_sk_lookup, local_ip6[1]),
+        read!(lookup, bpf_sk_lookup, local_ip6[2]),
+        read!(lookup, bpf_sk_lookup, local_ip6[3]),
     ];
     // Here it is the remote port that comes in network order as 16 bits, and the local one in host order.
-    let remote_port = NetPort::from_be(read!(lookup, remote_port));
-    let local_port = NetPort::new(read!(lookup, local_port) as u16);
+    let remote_port = NetPort::from_be(read!(lookup, bpf_sk_lookup, remote_port, 0, "u16", u16));
+    let local_port = NetPort::new(read!(lookup, bpf_sk_lookup, local_port) as u16);
     let (remote, local) = match family {
         AF_INET => (Ip::v4(remote_v4), Ip::v4(local_v4)),
         AF_INET6 => (Ip::v6(remote_v6), Ip::v6(local_v6)),

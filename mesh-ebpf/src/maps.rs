@@ -35,7 +35,8 @@ pub(crate) static MEMBERS: HashMap<key::Member, u32, { entries::MEMBERS }, NO_PR
 pub(crate) static DESTINATIONS: HashMap<Ip, value::Destination, { entries::DESTINATIONS }, NO_PREALLOC> =
     HashMap::new();
 #[btf_map]
-pub(crate) static AFFINITY: LruHashMap<key::Affinity, value::Affinity, { entries::AFFINITY }> = LruHashMap::new();
+pub(crate) static AFFINITY: LruHashMap<key::Affinity, value::Affinity, { entries::AFFINITY }> =
+    LruHashMap::new();
 #[btf_map]
 pub(crate) static SOCKET_FLOW: SkStorage<value::SocketFlow> = SkStorage::new();
 #[btf_map]
@@ -43,24 +44,35 @@ pub(crate) static ORIG_DST: SkStorage<Endpoint> = SkStorage::new();
 #[btf_map]
 pub(crate) static CLIENT: SkStorage<Endpoint> = SkStorage::new();
 #[btf_map]
-pub(crate) static ORIG_DST_FLOWS: LruHashMap<key::Flow, Endpoint, { entries::ORIG_DST_FLOWS }> = LruHashMap::new();
+pub(crate) static ORIG_DST_FLOWS: LruHashMap<key::Flow, Endpoint, { entries::ORIG_DST_FLOWS }> =
+    LruHashMap::new();
 #[btf_map]
-pub(crate) static CLIENT_FLOWS: LruHashMap<key::Flow, Endpoint, { entries::CLIENT_FLOWS }> = LruHashMap::new();
+pub(crate) static CLIENT_FLOWS: LruHashMap<key::Flow, Endpoint, { entries::CLIENT_FLOWS }> =
+    LruHashMap::new();
 #[btf_map]
-pub(crate) static PROBE_FLOWS: LruHashMap<key::Probe, value::Probe, { entries::PROBE_FLOWS }> = LruHashMap::new();
+pub(crate) static PROBE_FLOWS: LruHashMap<key::Probe, value::Probe, { entries::PROBE_FLOWS }> =
+    LruHashMap::new();
 #[btf_map]
 pub(crate) static INBOUND: HashMap<Ip, value::Inbound, { entries::INBOUND }, NO_PREALLOC> = HashMap::new();
 #[btf_map]
-pub(crate) static INBOUND_PORTS: HashMap<Endpoint, value::InboundPort, { entries::INBOUND_PORTS }, NO_PREALLOC> =
-    HashMap::new();
+pub(crate) static INBOUND_PORTS: HashMap<
+    Endpoint,
+    value::InboundPort,
+    { entries::INBOUND_PORTS },
+    NO_PREALLOC,
+> = HashMap::new();
 #[btf_map]
 pub(crate) static INBOUND_SOCKETS: SockHash<Ip, { entries::INBOUND_SOCKETS }> = SockHash::new();
 #[btf_map]
 pub(crate) static LISTENERS: HashMap<key::Listener, value::Listener, { entries::LISTENERS }, NO_PREALLOC> =
     HashMap::new();
 #[btf_map]
-pub(crate) static OLD_LISTENERS: HashMap<key::Listener, value::Listener, { entries::OLD_LISTENERS }, NO_PREALLOC> =
-    HashMap::new();
+pub(crate) static OLD_LISTENERS: HashMap<
+    key::Listener,
+    value::Listener,
+    { entries::OLD_LISTENERS },
+    NO_PREALLOC,
+> = HashMap::new();
 #[btf_map]
 pub(crate) static UDP_FLOWS: LruHashMap<key::Udp, Endpoint, { entries::UDP_FLOWS }> = LruHashMap::new();
 #[btf_map]

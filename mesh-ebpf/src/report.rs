@@ -23,7 +23,14 @@ pub(crate) fn count(counter: u32) {
 
 /// Reports a denial. `source` is [`Endpoint::NONE`] for an outbound one.
 #[inline(always)]
-pub(crate) fn denied(reason: u8, proto: u8, cookie: u64, source: &Endpoint, destination: &Endpoint, inbound: bool) {
+pub(crate) fn denied(
+    reason: u8,
+    proto: u8,
+    cookie: u64,
+    source: &Endpoint,
+    destination: &Endpoint,
+    inbound: bool,
+) {
     let Some(mut entry) = EVENTS.reserve(0) else {
         count(counter::EVENT_LOST);
         return;
@@ -90,7 +97,13 @@ pub(crate) fn log_captured(
 
 /// One line about a denial.
 #[inline(always)]
-pub(crate) fn log_denied(ctx: &impl EbpfContext, config: &value::Config, reason: u8, proto: u8, dst: &Endpoint) {
+pub(crate) fn log_denied(
+    ctx: &impl EbpfContext,
+    config: &value::Config,
+    reason: u8,
+    proto: u8,
+    dst: &Endpoint,
+) {
     if wanted(config, log_level::WARN) {
         aya_log_ebpf::warn!(
             ctx,

@@ -254,6 +254,8 @@ impl Datapath {
         let staging = pins.stage()?;
         let mut ebpf = EbpfLoader::new().load(OBJECT).map_err(|error| BpfError::Load(Box::new(error)))?;
 
+        // Before the maps are taken out: a program is loaded with the descriptors of those it uses.
+        load_programs(&mut ebpf)?;
         let mut maps = Maps { ebpf: &mut ebpf, staging: &staging };
         let config_map = maps.bytes(map::CONFIG, 4, size_of::<value::Config>())?;
         write_config(&config_map, &config)?;
@@ -283,8 +285,6 @@ impl Datapath {
             .map_err(|source| map_error(map::EVENTS, source))?;
         let logs = log_pump(&mut ebpf);
 
-        let sk_lookup: &mut SkLookup = program(&mut ebpf, SK_LOOKUP_PROGRAM)?;
-        sk_lookup.load().map_err(|source| program_error(SK_LOOKUP_PROGRAM, source))?;
         attach_cgroup_programs(&mut ebpf, &root, &staging)?;
         pins.commit()?;
 
@@ -479,7 +479,20 @@ impl Maps<'_> {
     }
 }
 
-/// Loads, attaches and pins the programs of the cgroup.
+/// Hands every program to the verifier.
+fn load_programs(ebpf: &mut Ebpf) -> Result<(), BpfError> {
+    let sk_lookup: &mut SkLookup = program(ebpf, SK_LOOKUP_PROGRAM)?;
+    sk_lookup.load().map_err(|source| program_error(SK_LOOKUP_PROGRAM, source))?;
+    let sock_ops: &mut SockOps = program(ebpf, SOCK_OPS_PROGRAM)?;
+    sock_ops.load().map_err(|source| program_error(SOCK_OPS_PROGRAM, source))?;
+    for name in SOCK_ADDR_PROGRAMS {
+        let sock_addr: &mut CgroupSockAddr = program(ebpf, name)?;
+        sock_addr.load().map_err(|source| program_error(name, source))?;
+    }
+    Ok(())
+}
+
+/// Attaches and pins the programs of the cgroup.
 fn attach_cgroup_programs(ebpf: &mut Ebpf, root: &File, staging: &Path) -> Result<(), BpfError> {
     let pin = |name: &str, link: Result<FdLink, LinkError>| {
         let link = link.map_err(|source| BpfError::Link { program: name.to_owned(), source })?;
@@ -491,16 +504,14 @@ fn attach_cgroup_programs(ebpf: &mut Ebpf, root: &File, staging: &Path) -> Resul
     let mode = CgroupAttachMode::Single;
     let sock_ops: &mut SockOps = program(ebpf, SOCK_OPS_PROGRAM)?;
     let link = sock_ops
-        .load()
-        .and_then(|()| sock_ops.attach(root, mode))
+        .attach(root, mode)
         .and_then(|id| sock_ops.take_link(id))
         .map_err(|source| program_error(SOCK_OPS_PROGRAM, source))?;
     pin(SOCK_OPS_PROGRAM, FdLink::try_from(link))?;
     for name in SOCK_ADDR_PROGRAMS {
         let sock_addr: &mut CgroupSockAddr = program(ebpf, name)?;
         let link = sock_addr
-            .load()
-            .and_then(|()| sock_addr.attach(root, mode))
+            .attach(root, mode)
             .and_then(|id| sock_addr.take_link(id))
             .map_err(|source| program_error(name, source))?;
         pin(name, FdLink::try_from(link))?;

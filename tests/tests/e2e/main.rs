@@ -2,6 +2,7 @@
 //! (`cargo xtask test --only e2e`).
 
 mod bytes;
+mod capture;
 mod enrolment;
 mod harness;
 mod outcomes;

@@ -1,0 +1,579 @@
+//! The kernel data path alone: this process plays the daemon, with a relay of a few threads instead of the real
+//! outbound and inbound parts. What the apps see is then the work of the BPF programs.
+
+use crate::support::{assert_right, bare, vip};
+use anyhow::{Context, Result, ensure};
+use mesh_common::code::{Counter, DenyReason};
+use mesh_node::{
+    bpf::{Backend, CapturedPod, Datapath, Destination, Frontend, Intent, LoadOptions, SocketMeta, Verdict},
+    net::ns::NetNs,
+};
+use mesh_tests::{
+    app::ports,
+    cgroup,
+    cluster::{Cluster, Pod},
+    wait,
+};
+use mesh_xds::model::Protocol;
+use std::{
+    collections::BTreeMap,
+    fs::File,
+    io::{self, Read, Write},
+    net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream},
+    os::fd::{AsFd as _, BorrowedFd},
+    path::PathBuf,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+/// Connects per outcome and way of connecting.
+const MANY: u64 = 20_000;
+const RELAY_THREADS: usize = 8;
+
+/// The relay's view: connections without an original destination, or with a wrong one.
+#[derive(Debug, Default)]
+struct Wrong {
+    missing: AtomicU64,
+    unexpected: AtomicU64,
+}
+
+/// A data path of this test and the pods it captures.
+struct Lab<'a> {
+    cluster: &'a Cluster,
+    datapath: Datapath,
+    intent: Intent,
+    wrong: Arc<Wrong>,
+    /// Where the relay goes for an original destination.
+    upstream: BTreeMap<SocketAddr, SocketAddr>,
+    listeners: Vec<TcpListener>,
+}
+
+impl<'a> Lab<'a> {
+    /// Loads the programs for a node of the cluster.
+    fn new(cluster: &'a Cluster, node: &str) -> Result<Self> {
+        let node = cluster.node(node)?;
+        let datapath = Datapath::load(&LoadOptions {
+            // This process is the daemon and is not in the run's groups, which are killed at its end.
+            cgroup_root: cgroup::mount_point()?,
+            pin_dir: cluster.run.bpffs().join(format!("capture-{}", node.spec.name)),
+            daemon_cgroup: own_cgroup()?,
+            pods_cgroup: Some(node.pods_cgroup.path().to_owned()),
+            host_netns_cookie: NetNs::open(&node.netns.path())?.cookie(),
+        })
+        .map_err(chain)?;
+        Ok(Self {
+            cluster,
+            datapath,
+            intent: Intent::default(),
+            wrong: Arc::default(),
+            upstream: BTreeMap::new(),
+            listeners: Vec::new(),
+        })
+    }
+
+    fn frontend(&mut self, vip: &str, proto: Protocol, verdict: Verdict, backends: &[SocketAddr]) {
+        let vip: SocketAddr = vip.parse().expect("a socket address");
+        self.intent.frontends.push(Frontend {
+            addr: vip.ip(),
+            port: vip.port(),
+            proto,
+            verdict,
+            affinity: None,
+            backends: backends.iter().map(|addr| Backend { addr: *addr, weight: 1 }).collect(),
+        });
+    }
+
+    /// Captures a pod as enrolment does, with a relay for its outbound connections, and for the inbound ones too.
+    fn capture(&mut self, key: &str, strict: bool) -> Result<()> {
+        let pod = self.cluster.pod(key)?;
+        let netns = NetNs::open(&pod.netns.path())?;
+        let addrs = [IpAddr::V4(pod.spec.v4), IpAddr::V6(pod.spec.v6)];
+        let outbound = addrs.map(|addr| listen(pod, SocketAddr::new(addr, 0)));
+        let outbound = outbound.into_iter().collect::<Result<Vec<_>>>()?;
+        let inbound = addrs.map(|addr| listen(pod, SocketAddr::new(addr, 15006)));
+        let inbound = inbound.into_iter().collect::<Result<Vec<_>>>()?;
+        self.intent.pods.push(CapturedPod {
+            cookie: netns.cookie(),
+            addrs: addrs.to_vec(),
+            outbound_v4: Some(outbound[0].local_addr()?.port()),
+            outbound_v6: Some(outbound[1].local_addr()?.port()),
+            strict,
+            port_strict: BTreeMap::new(),
+        });
+        self.apply()?;
+        for (addr, listener) in addrs.iter().zip(&inbound) {
+            self.datapath.set_inbound_listener(*addr, listener.as_fd()).map_err(chain)?;
+        }
+        let old = netns.tcp_listeners()?;
+        self.datapath.sync_listeners(netns.cookie(), &old).map_err(chain)?;
+        let file = File::open(pod.netns.path())?;
+        self.datapath.attach_inbound(file.as_fd(), netns.cookie()).map_err(chain)?;
+        for listener in outbound {
+            self.relay(&listener, pod, true)?;
+            self.listeners.push(listener);
+        }
+        for listener in inbound {
+            self.relay(&listener, pod, false)?;
+            self.listeners.push(listener);
+        }
+        Ok(())
+    }
+
+    fn apply(&mut self) -> Result<()> {
+        let report = self.datapath.apply(&self.intent).map_err(chain)?;
+        ensure!(report.issues.is_empty(), "{:?}", report.issues);
+        Ok(())
+    }
+
+    /// Starts the relay's threads on a listener. They end with the process.
+    fn relay(&self, listener: &TcpListener, pod: &Pod, outbound: bool) -> Result<()> {
+        for _ in 0..RELAY_THREADS {
+            let listener = listener.try_clone()?;
+            let sockets = self.datapath.sockets();
+            let upstream = self.upstream.clone();
+            let wrong = self.wrong.clone();
+            let pod = pod.netns.clone();
+            std::thread::spawn(move || {
+                // All sockets of this thread are made in the pod.
+                let result = pod.within(|| {
+                    for client in listener.incoming() {
+                        let Ok(client) = client else { continue };
+                        drop(serve(&client, &sockets, &upstream, &wrong, outbound));
+                    }
+                    Ok(())
+                });
+                drop(result);
+            });
+        }
+        Ok(())
+    }
+
+    fn counter(&self, counter: Counter) -> Result<u64> {
+        let all = self.datapath.counters().map_err(chain)?;
+        Ok(all.into_iter().find(|(name, _)| *name == counter).map_or(0, |(_, count)| count))
+    }
+
+    fn assert_no_wrong_destination(&self, what: &str) {
+        let wrong = &self.wrong;
+        let counts = (wrong.missing.load(Ordering::Relaxed), wrong.unexpected.load(Ordering::Relaxed));
+        assert_eq!(counts, (0, 0), "{what}: original destinations (missing, unexpected)");
+    }
+
+    fn end(self) -> Result<()> {
+        self.datapath.unload().map_err(chain)
+    }
+}
+
+/// The group of this process, which plays the daemon.
+fn own_cgroup() -> Result<PathBuf> {
+    let groups = std::fs::read_to_string("/proc/self/cgroup")?;
+    let path = groups
+        .lines()
+        .find_map(|line| line.strip_prefix("0::/"))
+        .context("no cgroup2 in /proc/self/cgroup")?;
+    Ok(cgroup::mount_point()?.join(path))
+}
+
+/// The whole chain of causes; the data path's errors are structured.
+fn chain(error: mesh_node::bpf::BpfError) -> anyhow::Error {
+    anyhow::Error::new(error)
+}
+
+fn listen(pod: &Pod, addr: SocketAddr) -> Result<TcpListener> {
+    pod.netns.within(|| TcpListener::bind(addr).with_context(|| format!("listen on {addr}")))
+}
+
+/// Carries one connection whose sides take turns, as the `who` protocol does.
+fn serve(
+    client: &TcpStream,
+    sockets: &SocketMeta,
+    upstream: &BTreeMap<SocketAddr, SocketAddr>,
+    wrong: &Wrong,
+    outbound: bool,
+) -> io::Result<()> {
+    let target = if outbound {
+        let Some(original) = sockets.original_dst(client.as_fd())? else {
+            wrong.missing.fetch_add(1, Ordering::Relaxed);
+            return Ok(());
+        };
+        let Some(target) = upstream.get(&original) else {
+            wrong.unexpected.fetch_add(1, Ordering::Relaxed);
+            return Ok(());
+        };
+        *target
+    } else {
+        client.local_addr()?
+    };
+    let announced = client.peer_addr()?;
+    let announce = |socket: BorrowedFd<'_>| match outbound {
+        true => Ok(()),
+        false => sockets.announce_client(socket, announced),
+    };
+    let mut server = dial(target, announce)?;
+    let mut buffer = [0; 4096];
+    let mut reader = client;
+    loop {
+        let n = reader.read(&mut buffer)?;
+        if n == 0 {
+            return server.shutdown(Shutdown::Write);
+        }
+        server.write_all(&buffer[..n])?;
+        let n = server.read(&mut buffer)?;
+        if n == 0 {
+            return client.shutdown(Shutdown::Write);
+        }
+        let mut writer = client;
+        writer.write_all(&buffer[..n])?;
+    }
+}
+
+fn dial(to: SocketAddr, before: impl FnOnce(BorrowedFd<'_>) -> io::Result<()>) -> io::Result<TcpStream> {
+    let socket = socket2::Socket::new(socket2::Domain::for_address(to), socket2::Type::STREAM, None)?;
+    before(socket.as_fd())?;
+    socket.connect(&to.into())?;
+    Ok(socket.into())
+}
+
+fn addr(ip: impl Into<IpAddr>, port: u16) -> SocketAddr {
+    SocketAddr::new(ip.into(), port)
+}
+
+/// Every way to connect, with a share of [`MANY`].
+const WAYS: [(&str, u64); 6] = [
+    ("--mode plain", MANY),
+    ("--mode nonblock", MANY / 4),
+    ("--mode tfo", MANY / 4),
+    ("--mode tfo-connect", MANY / 4),
+    ("--mode plain --mapped", MANY / 4),
+    ("--mode tfo --mapped", MANY / 8),
+];
+
+#[test]
+fn direct_is_balanced_in_the_kernel_and_nothing_is_lost() -> Result<()> {
+    let mut cluster = bare()?;
+    cluster.start_apps()?;
+    let (a, b) = (cluster.pod("shop/db-0")?.spec.clone(), cluster.pod("shop/pay-0")?.spec.clone());
+    let mut lab = Lab::new(&cluster, "node-a")?;
+    let v4 = [addr(a.v4, ports::WHO), addr(b.v4, ports::WHO)];
+    let v6 = [addr(a.v6, ports::WHO), addr(b.v6, ports::WHO)];
+    lab.frontend(&format!("{}:80", vip::LEDGER), Protocol::Tcp, Verdict::Direct, &v4);
+    lab.frontend(&format!("{}:80", vip::LEDGER_V6), Protocol::Tcp, Verdict::Direct, &v6);
+    lab.capture("shop/web-0", false)?;
+    let web = cluster.pod("shop/web-0")?;
+
+    let mut total = 0;
+    for (way, n) in WAYS {
+        let report = web.connects(&format!("--to {}:80 --n {n} --threads 4 {way}", vip::LEDGER))?;
+        assert_right(way, &report, n);
+        eprintln!("direct {way}: {n} in {} ms, {:?}", report.millis, report.by_backend);
+        let share = report.by_backend[&a.name] as f64 / n as f64;
+        assert!((0.45..0.55).contains(&share), "{way}: {:?}", report.by_backend);
+        total += n;
+    }
+    let report = web.connects(&format!("--to {}:80 --n {MANY} --threads 4", vip::LEDGER_V6))?;
+    assert_right("v6", &report, MANY);
+    total += MANY;
+
+    ensure!(lab.counter(Counter::ConnectDirect)? == total);
+    let closed = || lab.datapath.direct_stats().map(|rows| rows.iter().map(|row| row.closed).sum::<u64>());
+    wait::until_true("all direct connections to be closed", Duration::from_secs(20), || {
+        Ok(closed().map_err(chain)? == total)
+    })?;
+    let rows = lab.datapath.direct_stats().map_err(chain)?;
+    assert_eq!(rows.len(), 4, "{rows:?}");
+    assert_eq!(rows.iter().map(|row| row.opened).sum::<u64>(), total);
+    assert!(
+        rows.iter().all(|row| row.sent_bytes > row.closed && row.received_bytes > row.closed),
+        "{rows:?}"
+    );
+    lab.end()
+}
+
+#[test]
+fn direct_bytes_are_counted_exactly() -> Result<()> {
+    let mut cluster = bare()?;
+    cluster.start_apps()?;
+    let server = cluster.pod("shop/pay-0")?.spec.clone();
+    let mut lab = Lab::new(&cluster, "node-a")?;
+    let service = format!("{}:9002", vip::LEDGER);
+    lab.frontend(&service, Protocol::Tcp, Verdict::Direct, &[addr(server.v4, ports::BULK)]);
+    lab.capture("shop/web-0", false)?;
+    let (up, down) = (3 << 20, 5 << 20);
+    let bulk = cluster.pod("shop/web-0")?.bulk(&format!("--to {service} --up {up} --down {down}"))?;
+    assert_eq!((bulk.server_verified, bulk.received), (up, down));
+    let rows = wait::until("the connection to be closed", Duration::from_secs(10), || {
+        let rows = lab.datapath.direct_stats().map_err(chain)?;
+        Ok((rows.iter().map(|row| row.closed).sum::<u64>() == 1).then_some(rows))
+    })?;
+    eprintln!("bytes: {rows:?}");
+    let row = rows[0];
+    // The protocol adds a header and a trailer of well under a kilobyte.
+    assert!((up..up + 1024).contains(&row.sent_bytes), "{row:?}");
+    assert!((down..down + 1024).contains(&row.received_bytes), "{row:?}");
+    lab.end()
+}
+
+#[test]
+fn proxied_connections_arrive_with_their_destination_and_client() -> Result<()> {
+    let mut cluster = bare()?;
+    cluster.start_apps()?;
+    let db = cluster.pod("shop/db-0")?.spec.clone();
+    let mut lab = Lab::new(&cluster, "node-a")?;
+    let targets = [
+        (format!("{}:80", vip::DB), addr(db.v4, ports::WHO)),
+        (format!("{}:80", vip::DB_V6), addr(db.v6, ports::WHO)),
+    ];
+    for (service, backend) in &targets {
+        lab.frontend(service, Protocol::Tcp, Verdict::Proxy, &[]);
+        lab.upstream.insert(service.parse()?, *backend);
+    }
+    // Dialled by its own address as well.
+    lab.intent.destinations.push(Destination { addr: db.v4.into(), verdict: Verdict::Proxy });
+    lab.upstream.insert(addr(db.v4, ports::WHO), addr(db.v4, ports::WHO));
+    lab.capture("shop/web-0", false)?;
+    let web = cluster.pod("shop/web-0")?;
+    for (way, n) in WAYS {
+        let report = web.connects(&format!(
+            "--to {} --n {n} --threads 4 --any-client {way} --expect db-0",
+            targets[0].0
+        ))?;
+        assert_right(way, &report, n);
+        lab.assert_no_wrong_destination(way);
+        eprintln!("proxy {way}: {n} in {} ms", report.millis);
+    }
+    for to in [targets[1].0.clone(), addr(db.v4, ports::WHO).to_string()] {
+        let report = web.connects(&format!("--to {to} --n 2000 --threads 4 --any-client --expect db-0"))?;
+        assert_right(&to, &report, 2000);
+        lab.assert_no_wrong_destination(&to);
+    }
+    lab.end()
+}
+
+#[test]
+fn the_server_sees_the_real_client_through_the_inbound_capture() -> Result<()> {
+    let mut cluster = bare()?;
+    cluster.start_apps()?;
+    let db = cluster.pod("shop/db-0")?.spec.clone();
+    let mut lab = Lab::new(&cluster, "node-a")?;
+    // Its apps listened before it was captured.
+    lab.capture("shop/db-0", false)?;
+    let web = cluster.pod("shop/web-1")?;
+    for (way, n) in WAYS.into_iter().chain([("--mode plain ", 2000)]) {
+        let to = addr(db.v4, ports::WHO);
+        let report = web.connects(&format!("--to {to} --n {n} --threads 4 {way} --expect db-0"))?;
+        assert_right(way, &report, n);
+        eprintln!("inbound {way}: {n} in {} ms", report.millis);
+    }
+    let to = addr(db.v6, ports::WHO);
+    let report = web.connects(&format!("--to {to} --n 2000 --threads 4 --expect db-0"))?;
+    assert_right("v6", &report, 2000);
+    ensure!(lab.counter(Counter::InboundSteer)? >= MANY);
+    ensure!(lab.counter(Counter::ClientSet)? >= MANY);
+    lab.end()
+}
+
+#[test]
+fn denied_connections_are_refused_with_a_reason() -> Result<()> {
+    let mut cluster = bare()?;
+    cluster.start_apps()?;
+    let mut lab = Lab::new(&cluster, "node-a")?;
+    let mut events = lab.datapath.take_events().context("the events")?;
+    let empty = format!("{}:80", vip::PAY);
+    let forbidden = format!("{}:80", vip::PAY_V6);
+    lab.frontend(&empty, Protocol::Tcp, Verdict::Direct, &[]);
+    lab.frontend(&forbidden, Protocol::Tcp, Verdict::Deny(DenyReason::Policy), &[]);
+    lab.frontend(&format!("{}:53", vip::QUOTES), Protocol::Udp, Verdict::Proxy, &[]);
+    lab.capture("shop/web-0", false)?;
+    let web = cluster.pod("shop/web-0")?;
+    for (to, reason) in [(&empty, DenyReason::NoEndpoints), (&forbidden, DenyReason::Policy)] {
+        assert_eq!(web.dial(&format!("--to {to}"))?.end, "connect: refused");
+        let event = events.try_next().context("an event")?;
+        assert_eq!((event.reason, event.dst.to_string()), (reason, to.clone()));
+        assert_eq!(event.cookie, lab.intent.pods[0].cookie);
+    }
+    let report = web.connects(&format!("--to {empty} --n {MANY} --threads 4"))?;
+    assert_eq!((report.ok, report.lost), (0, MANY), "{report:?}");
+    ensure!(lab.counter(Counter::ConnectDeny)? == MANY + 2);
+    let report = web.udp(&format!("--to {}:53 --n 1 --timeout 1", vip::QUOTES))?;
+    assert_eq!(report.ok, 0);
+    while let Some(event) = events.try_next() {
+        if event.proto == Protocol::Udp {
+            assert_eq!(event.reason, DenyReason::UdpNotProxied);
+            return lab.end();
+        }
+    }
+    anyhow::bail!("no event for the denied datagram")
+}
+
+#[test]
+fn udp_keeps_its_backend_and_shows_the_service() -> Result<()> {
+    let mut cluster = bare()?;
+    cluster.start_apps()?;
+    let (a, b) = (cluster.pod("shop/db-0")?.spec.clone(), cluster.pod("shop/pay-0")?.spec.clone());
+    let mut lab = Lab::new(&cluster, "node-a")?;
+    let v4 = [addr(a.v4, ports::UDP), addr(b.v4, ports::UDP)];
+    let v6 = [addr(a.v6, ports::UDP), addr(b.v6, ports::UDP)];
+    lab.frontend(&format!("{}:53", vip::QUOTES), Protocol::Udp, Verdict::Direct, &v4);
+    lab.frontend(&format!("{}:53", vip::QUOTES_V6), Protocol::Udp, Verdict::Direct, &v6);
+    lab.capture("shop/web-0", false)?;
+    let web = cluster.pod("shop/web-0")?;
+    for (to, options) in [
+        (vip::QUOTES, ""),
+        (vip::QUOTES, "--connected"),
+        (vip::QUOTES, "--mapped"),
+        (vip::QUOTES, "--connected --mapped"),
+        (vip::QUOTES_V6, ""),
+        (vip::QUOTES_V6, "--connected"),
+    ] {
+        let report = web.udp(&format!("--to {to}:53 --n 2000 {options}"))?;
+        assert_right(&format!("{to} {options}"), &report, 2000);
+        assert_eq!(report.by_backend.len(), 1, "{to} {options}: one socket keeps its backend: {report:?}");
+        let report = web.udp(&format!("--to {to}:53 --n 2000 --threads 4 --fresh {options}"))?;
+        assert_right(&format!("{to} {options} --fresh"), &report, 2000);
+        assert_eq!(report.by_backend.len(), 2, "{to} {options}: new sockets are balanced: {report:?}");
+    }
+    lab.end()
+}
+
+#[test]
+fn session_affinity_holds_until_its_timeout_or_its_backend_ends() -> Result<()> {
+    let mut cluster = bare()?;
+    cluster.start_apps()?;
+    let (a, b) = (cluster.pod("shop/db-0")?.spec.clone(), cluster.pod("shop/pay-0")?.spec.clone());
+    let mut lab = Lab::new(&cluster, "node-a")?;
+    let service = format!("{}:80", vip::LEDGER_STICKY);
+    let backends = [addr(a.v4, ports::WHO), addr(b.v4, ports::WHO)];
+    lab.frontend(&service, Protocol::Tcp, Verdict::Direct, &backends);
+    lab.intent.frontends[0].affinity = Some(Duration::from_secs(3600));
+    lab.capture("shop/web-0", false)?;
+    let web = cluster.pod("shop/web-0")?;
+    let once = |n: u64| web.connects(&format!("--to {service} --n {n} --threads 4"));
+    // The first connection decides; the others, at the same time, follow it.
+    let first = once(1)?;
+    let stuck = first.by_backend.keys().next().cloned().context("a backend")?;
+    let report = once(500)?;
+    assert_right("sticky", &report, 500);
+    assert_eq!(report.by_backend.keys().collect::<Vec<_>>(), [&stuck]);
+
+    // Its backend leaves.
+    let other = if stuck == a.name { backends[1] } else { backends[0] };
+    lab.intent.frontends[0].backends = vec![Backend { addr: other, weight: 1 }];
+    lab.apply()?;
+    let report = once(500)?;
+    assert_right("moved", &report, 500);
+    assert!(!report.by_backend.contains_key(&stuck), "{report:?}");
+
+    // With a timeout that is over at once both are used again.
+    lab.intent.frontends[0].backends =
+        backends.iter().map(|addr| Backend { addr: *addr, weight: 1 }).collect();
+    lab.intent.frontends[0].affinity = Some(Duration::from_nanos(1));
+    lab.apply()?;
+    assert_eq!(once(500)?.by_backend.len(), 2);
+    lab.end()
+}
+
+#[test]
+fn inbound_spares_probes_and_refuses_what_it_must() -> Result<()> {
+    let mut cluster = bare()?;
+    cluster.start_apps()?;
+    let db = cluster.pod("shop/db-0")?.spec.clone();
+    let mut lab = Lab::new(&cluster, "node-a")?;
+    let mut events = lab.datapath.take_events().context("the events")?;
+    lab.capture("shop/db-0", true)?;
+    let web = cluster.pod("shop/web-1")?;
+    let outbound = lab.intent.pods[0].outbound_v4.context("a port")?;
+    // Closed and capture ports are refused from outside, with a reason each.
+    for (port, reason) in
+        [(9, DenyReason::ClosedPort), (15006, DenyReason::CapturePort), (outbound, DenyReason::CapturePort)]
+    {
+        assert_eq!(web.dial(&format!("--to {}:{port}", db.v4))?.end, "connect: refused", "port {port}");
+        let event = events.try_next().context("an event")?;
+        assert_eq!((event.reason, event.inbound, event.dst.port()), (reason, true, port));
+        assert_eq!(event.src.map(|src| src.ip()), Some(web.spec.v4.into()));
+    }
+    // A host process outside the pods' groups is a probe: it reaches the app itself.
+    let node = cluster.node("node-a")?;
+    let steered = lab.counter(Counter::InboundSteer)?;
+    let place = mesh_tests::proc::Place { cgroup: &node.host_cgroup, netns: Some(&node.netns) };
+    let to = addr(db.v4, ports::WHO).to_string();
+    let args = ["connects", "--to", to.as_str(), "--n", "500", "--threads", "4"];
+    let output =
+        place.run(&mesh_tests::proc::binary("pod-app")?, &args, &[], &[], Duration::from_secs(60))?;
+    let report: mesh_tests::app::ConnectsReport = serde_json::from_slice(&output.stdout)?;
+    assert_right("probes", &report, 500);
+    assert_eq!(lab.counter(Counter::InboundSteer)?, steered, "a probe was steered");
+    assert_eq!(lab.counter(Counter::InboundProbe)?, 500);
+    // A pod of the host's network is no probe.
+    let pods = node.pods_cgroup.child("hostnet")?;
+    let place = mesh_tests::proc::Place { cgroup: &pods, netns: Some(&node.netns) };
+    let output =
+        place.run(&mesh_tests::proc::binary("pod-app")?, &args, &[], &[], Duration::from_secs(60))?;
+    let report: mesh_tests::app::ConnectsReport = serde_json::from_slice(&output.stdout)?;
+    assert_right("a host-network pod through the daemon", &report, 500);
+    assert_eq!(lab.counter(Counter::InboundSteer)?, steered + 500);
+    // The pod reaches itself, by its address and by loopback.
+    let own = cluster.pod("shop/db-0")?;
+    for to in [addr(db.v4, ports::WHO), addr([127, 0, 0, 1], ports::WHO)] {
+        let report = own.connects(&format!("--to {to} --n 100"))?;
+        assert_right("itself", &report, 100);
+    }
+    assert_eq!(lab.counter(Counter::InboundSteer)?, steered + 500);
+    lab.end()
+}
+
+#[test]
+fn listeners_are_followed_after_the_capture() -> Result<()> {
+    let mut cluster = bare()?;
+    cluster.start_apps()?;
+    let pod = cluster.pod("shop/web-0")?.spec.clone();
+    let mut lab = Lab::new(&cluster, "node-a")?;
+    lab.capture("shop/web-0", true)?;
+    let client = cluster.pod("shop/web-1")?;
+    let dial =
+        |port: u16| client.dial(&format!("--to {}:{port} --timeout 1", pod.v4)).map(|dialled| dialled.end);
+    assert_eq!(dial(7777)?, "connect: refused");
+    let target = cluster.pod("shop/web-0")?;
+    for bind in ["0.0.0.0:7777", "[::]:7777", &format!("{}:7777", pod.v4)] {
+        let first = listen(target, bind.parse()?)?;
+        assert_ne!(dial(7777)?, "connect: refused", "{bind}");
+        drop(first);
+        assert_eq!(dial(7777)?, "connect: refused", "{bind} is closed");
+    }
+    // Loopback listeners do not open the pod's address.
+    let _loopback = listen(target, "127.0.0.1:7777".parse()?)?;
+    assert_eq!(dial(7777)?, "connect: refused");
+    // Two sockets on one port: the port closes with the second.
+    let reuse = || {
+        target.netns.within(|| {
+            let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None)?;
+            socket.set_reuse_port(true)?;
+            socket.bind(&"0.0.0.0:7778".parse::<SocketAddr>()?.into())?;
+            socket.listen(8)?;
+            Ok(socket)
+        })
+    };
+    let (first, second) = (reuse()?, reuse()?);
+    drop(first);
+    assert_ne!(dial(7778)?, "connect: refused");
+    drop(second);
+    assert_eq!(dial(7778)?, "connect: refused");
+    lab.end()
+}
+
+#[test]
+fn a_new_data_path_takes_the_place_of_a_dead_one_and_unload_leaves_nothing() -> Result<()> {
+    let cluster = bare()?;
+    let pin_dir = cluster.run.bpffs().join("capture-node-a");
+    // Dropped without unload: as after a crash, the pins stay.
+    drop(Lab::new(&cluster, "node-a")?.datapath);
+    let pinned = pin_dir.join(format!("v{}/connect4", mesh_common::ABI_VERSION));
+    ensure!(pinned.exists());
+    let lab = Lab::new(&cluster, "node-a")?;
+    ensure!(Lab::new(&cluster, "node-a").is_err(), "the folder is in use");
+    lab.end()?;
+    ensure!(!pin_dir.exists(), "pins were left");
+    Ok(())
+}
