@@ -112,6 +112,9 @@ async fn serve(config: Config) -> Result<()> {
     let admin = bind(config.admin_addr, "--admin-addr").await?;
     let metrics_listener = bind(config.metrics_addr, "--metrics-addr").await?;
 
+    // What the kernel chose where a port was given as 0.
+    let addresses = [xds.local_addr()?, admin.local_addr()?, metrics_listener.local_addr()?];
+
     let (stop, stopped) = watch::channel(());
     let stopping = |mut stopped: watch::Receiver<()>| async move {
         // Resolves when the sender is dropped, too.
@@ -135,7 +138,7 @@ async fn serve(config: Config) -> Result<()> {
     upkeep.spawn(reload_tokens(tokens));
     upkeep.spawn(renew(authority, identity, metrics));
     tracing::info!(
-        xds = %config.xds_addr, admin = %config.admin_addr, metrics = %config.metrics_addr,
+        xds = %addresses[0], admin = %addresses[1], metrics = %addresses[2],
         root = %config.data_dir.join("root-cert.pem").display(), "serving"
     );
 
