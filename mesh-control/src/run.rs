@@ -297,7 +297,7 @@ async fn renew(
                 }
             }
             Err(error) => {
-                tracing::error!("own certificates could not be renewed, next try in an hour: {error:#}")
+                tracing::error!("own certificates could not be renewed, next try in an hour: {error:#}");
             }
         }
     }

@@ -1,5 +1,7 @@
 //! The real binary, seen from the outside: a client like ztunnel on its discovery and certificate endpoints.
 
+#![allow(clippy::unwrap_used)] // helpers of tests, outside of #[test] functions
+
 use hyper_util::rt::TokioIo;
 use mesh_xds::{
     convert::{ADDRESS_TYPE, AUTHORIZATION_TYPE, Address, decode_address},

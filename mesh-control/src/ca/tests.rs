@@ -183,7 +183,7 @@ fn damaged_files_are_refused_with_a_remedy() {
         (Box::new(|ca| fs::remove_file(ca.join("root.pem")).unwrap()), "the file is missing"),
         (
             Box::new(|ca| {
-                fs::set_permissions(ca.join("root.pem"), fs::Permissions::from_mode(0o640)).unwrap()
+                fs::set_permissions(ca.join("root.pem"), fs::Permissions::from_mode(0o640)).unwrap();
             }),
             "chmod 600",
         ),

@@ -75,7 +75,7 @@ impl Index {
                 let has = |p: &&crate::object::Pod| {
                     p.ports.iter().any(|c| c.name == *wanted && c.protocol == port.protocol)
                 };
-                if !pods.iter().any(|p| has(&p)) {
+                if !pods.iter().any(has) {
                     found.push((
                         key(),
                         Issue::warning(

@@ -129,7 +129,7 @@ impl IstioCertificateService for CertificateService {
                     reason = r.reason,
                     message = r.status.message(),
                     "certificate refused"
-                )
+                );
             }),
             Err(refusal) => {
                 tracing::warn!(reason = refusal.reason, "certificate refused");
