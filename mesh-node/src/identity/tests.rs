@@ -296,9 +296,12 @@ mod grpc {
     };
     use tonic::{Request, Response, Status, transport::Channel};
 
+    /// The two headers, the identity and the life time of a request.
+    type Seen = (String, String, String, i64);
+
     struct Service {
         ca: TestCa,
-        seen: Arc<Mutex<Vec<(String, String, String, i64)>>>,
+        seen: Arc<Mutex<Vec<Seen>>>,
     }
 
     #[tonic::async_trait]

@@ -62,7 +62,6 @@ struct Path {
     stop: watch::Sender<Option<Stop>>,
     outbound: mpsc::UnboundedReceiver<CopyOutcome>,
     inbound: mpsc::UnboundedReceiver<CopyOutcome>,
-    counters: Arc<ByteCounters>,
     pool: Pool,
     _server: Option<Server>,
     _entry_task: tokio::task::JoinHandle<()>,
@@ -88,7 +87,7 @@ impl Path {
             }
         };
         let tunnel = hbone.as_ref().map(|s| key(WEB, &[CART], s.addr));
-        let (web, counting, pooled) = (ca.identity(WEB), counters.clone(), pool.clone());
+        let (web, counting, pooled) = (ca.identity(WEB), counters, pool.clone());
         let entry_task = tokio::spawn(async move {
             loop {
                 let Ok((client, _)) = listener.accept().await else { return };
@@ -120,17 +119,7 @@ impl Path {
                 });
             }
         });
-        Self {
-            entry,
-            backend,
-            stop,
-            outbound,
-            inbound,
-            counters,
-            pool,
-            _server: hbone,
-            _entry_task: entry_task,
-        }
+        Self { entry, backend, stop, outbound, inbound, pool, _server: hbone, _entry_task: entry_task }
     }
 
     /// A client's and a server's end of one connection.

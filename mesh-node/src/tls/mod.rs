@@ -6,13 +6,14 @@
 //!
 //! A [`LocalIdentity`] owns the current certificate of one workload identity and the rustls configurations built over
 //! it. Configurations are built once and read the certificate and the roots at each handshake, so a rotation takes
-//! effect at once and no connection notices it.
+//! effect at once and no connection notices it. [`ControlPlane`] is the other kind of TLS here: to the control plane.
 //!
 //! Absent on purpose: TLS 1.2, session tickets and early data (all would outlive a policy decision), host-name
 //! checks (workloads have none), revocation lists (certificates live for hours).
 
 mod cert;
 mod config;
+mod control;
 mod handshake;
 mod reject;
 #[cfg(test)]
@@ -23,6 +24,7 @@ mod verify;
 
 pub use cert::{CertCell, CertError, WorkloadCert};
 pub use config::{LocalIdentity, provider};
+pub use control::{ControlError, ControlPlane};
 pub use handshake::{HANDSHAKE_TIMEOUT, Peer, accept, connect};
 pub use reject::{RejectReason, TlsReject};
 

@@ -22,6 +22,7 @@ pub(crate) struct TestCa {
 /// What a leaf shall be like.
 pub(crate) struct Leaf {
     pub(crate) uris: Vec<String>,
+    pub(crate) dns: Vec<String>,
     pub(crate) from: SystemTime,
     pub(crate) until: SystemTime,
     pub(crate) usages: Vec<ExtendedKeyUsagePurpose>,
@@ -32,6 +33,7 @@ impl Leaf {
         let now = SystemTime::now();
         Self {
             uris: vec![uri.to_owned()],
+            dns: vec![],
             from: now - Duration::from_secs(60),
             until: now + Duration::from_secs(3600),
             usages: vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth],
@@ -89,6 +91,8 @@ impl TestCa {
         params.distinguished_name = DistinguishedName::new();
         params.subject_alt_names =
             leaf.uris.iter().map(|uri| SanType::URI(uri.clone().try_into().unwrap())).collect();
+        let dns = leaf.dns.iter().map(|name| SanType::DnsName(name.clone().try_into().unwrap()));
+        params.subject_alt_names.extend(dns);
         params.not_before = leaf.from.into();
         params.not_after = leaf.until.into();
         params.extended_key_usages = leaf.usages.clone();

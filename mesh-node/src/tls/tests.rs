@@ -168,7 +168,8 @@ async fn the_server_refuses_with_a_reason() {
     let good = ca();
     let other = TestCa::new();
     let h2: &[&[u8]] = &[ALPN_H2];
-    let cases: Vec<(&str, Option<Chain>, &[&[u8]], RejectReason, Option<&str>)> = vec![
+    type Case<'a> = (&'a str, Option<Chain>, &'a [&'a [u8]], RejectReason, Option<&'a str>);
+    let cases: Vec<Case<'_>> = vec![
         ("no certificate", None, h2, RejectReason::NoCertificate, None),
         ("expired", Some(good.issue(&Leaf::of(WEB).expired())), h2, RejectReason::Expired, Some(WEB)),
         ("not yet valid", Some(good.issue(&early())), h2, RejectReason::NotYetValid, Some(WEB)),
@@ -337,10 +338,11 @@ fn a_certificate_that_is_not_ours_is_not_made() {
     let (cart, web): (SpiffeId, SpiffeId) = (CART.parse().unwrap(), WEB.parse().unwrap());
     let root = ca().root();
     let (chain, key) = ca().issue(&Leaf::of(WEB));
-    let error = WorkloadCert::new(&cart, chain.clone(), key.clone_key(), &[root.clone()]).unwrap_err();
+    let error =
+        WorkloadCert::new(&cart, chain.clone(), key.clone_key(), std::slice::from_ref(&root)).unwrap_err();
     assert!(matches!(error, CertError::WrongIdentity { .. }), "{error}");
     let (_, other_key) = ca().issue(&Leaf::of(WEB));
-    let error = WorkloadCert::new(&web, chain.clone(), other_key, &[root.clone()]).unwrap_err();
+    let error = WorkloadCert::new(&web, chain.clone(), other_key, std::slice::from_ref(&root)).unwrap_err();
     assert!(matches!(error, CertError::WrongKey { .. }), "{error}");
     let error = WorkloadCert::new(&web, chain.clone(), key.clone_key(), &[TestCa::new().root()]).unwrap_err();
     assert!(matches!(error, CertError::Chain { .. }), "{error}");

@@ -15,6 +15,7 @@ use rustls::{
 };
 use std::{
     collections::BTreeSet,
+    fmt,
     sync::Arc,
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
@@ -47,22 +48,22 @@ pub(crate) fn unix_time(now: SystemTime) -> UnixTime {
 /// The one workload identity in a certificate, or why there is none.
 fn identity(leaf: &CertificateDer<'_>) -> Result<SpiffeId, Refusal> {
     let sans = uri_sans(leaf)
-        .map_err(|e| Refusal::new(CertificateError::BadEncoding, RejectReason::BadCertificate, e))?;
+        .map_err(|e| Refusal::new(CertificateError::BadEncoding, RejectReason::BadCertificate, &e))?;
     // SPIFFE X.509-SVID, section 2: exactly one URI SAN.
     match sans.as_slice() {
         [one] => one.parse().map_err(|e: mesh_xds::model::SpiffeError| {
-            Refusal::new(CertificateError::NotValidForName, RejectReason::NoIdentity, e)
+            Refusal::new(CertificateError::NotValidForName, RejectReason::NoIdentity, &e)
                 .presented(Some(one.clone()))
         }),
         [] => Err(Refusal::new(
             CertificateError::NotValidForName,
             RejectReason::NoIdentity,
-            "the certificate carries no URI SAN",
+            &"the certificate carries no URI SAN",
         )),
         more => Err(Refusal::new(
             CertificateError::NotValidForName,
             RejectReason::NoIdentity,
-            format!("the certificate carries {} URI SANs; a workload has exactly one", more.len()),
+            &format!("the certificate carries {} URI SANs; a workload has exactly one", more.len()),
         )),
     }
 }
@@ -74,7 +75,7 @@ struct Refusal {
 }
 
 impl Refusal {
-    fn new(alert: CertificateError, reason: RejectReason, detail: impl ToString) -> Self {
+    fn new(alert: CertificateError, reason: RejectReason, detail: &dyn fmt::Display) -> Self {
         Self { alert, reject: TlsReject::new(reason, detail.to_string()) }
     }
 
@@ -101,7 +102,7 @@ fn verify_peer(
         return Err(Refusal::new(
             CertificateError::UnknownIssuer,
             RejectReason::OwnCertificate,
-            "there are no roots yet to judge the peer by",
+            &"there are no roots yet to judge the peer by",
         ));
     };
     if let Err(error) = chain(leaf, intermediates, own.roots(), now, usage) {
@@ -203,7 +204,7 @@ impl ClientCertVerifier for ClientVerifier {
             return Err(Refusal::new(
                 CertificateError::ApplicationVerificationFailure,
                 RejectReason::WrongTrustDomain,
-                format!("our trust domain is {:?}", self.trust_domain),
+                &format!("our trust domain is {:?}", self.trust_domain),
             )
             .presented(Some(id.to_string()))
             .into_rustls());

@@ -76,7 +76,10 @@ fn deny_goes_before_allow_and_names_itself() {
 #[test]
 fn allow_nothing_and_allow_all() {
     let nothing = policy("nothing", Action::Allow, vec![]);
-    assert_eq!(denied(&set(&[nothing.clone()]), &web(80)).as_deref(), Some("no ALLOW policy matched"));
+    assert_eq!(
+        denied(&set(std::slice::from_ref(&nothing)), &web(80)).as_deref(),
+        Some("no ALLOW policy matched")
+    );
     // A rule without clauses, and one with a clause without matches, hold for everybody.
     for rules in [vec![Rule::default()], vec![rule(vec![])]] {
         let all = policy("all", Action::Allow, rules);
