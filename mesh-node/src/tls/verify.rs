@@ -149,9 +149,13 @@ impl ServerCertVerifier for ServerVerifier {
             let expected: Vec<String> = self.expected.iter().take(4).map(ToString::to_string).collect();
             let detail =
                 format!("expected one of {} identities: {}", self.expected.len(), expected.join(", "));
-            return Err(Refusal::new(CertificateError::NotValidForName, RejectReason::WrongIdentity, detail)
-                .presented(Some(id.to_string()))
-                .into_rustls());
+            return Err(Refusal::new(
+                CertificateError::NotValidForName,
+                RejectReason::WrongIdentity,
+                &detail,
+            )
+            .presented(Some(id.to_string()))
+            .into_rustls());
         }
         Ok(ServerCertVerified::assertion())
     }
