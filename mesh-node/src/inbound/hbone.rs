@@ -83,6 +83,23 @@ impl Tunnel {
     }
 }
 
+impl Tunnel {
+    /// Takes a place, asks the policies, and connects to the pod.
+    async fn open(
+        &self,
+        peer: &Peer,
+        client: SocketAddr,
+        to: SocketAddr,
+    ) -> Result<(Permit, TcpStream, Slot), Refusal> {
+        let slot = self.pod.slot().ok_or(Refusal::Overloaded("the pod has as many connections as it may"))?;
+        let permit = Permit::check(&self.pod, Some(&peer.id), client, to)
+            .map_err(|denied| Refusal::Denied { by: denied.by })?;
+        let server =
+            self.inbound.dial(&permit).await.map_err(|source| Refusal::Unavailable { to, source })?;
+        Ok((permit, server, slot))
+    }
+}
+
 impl hbone::Handler for Tunnel {
     type Upstream = Ready;
 
@@ -91,22 +108,25 @@ impl hbone::Handler for Tunnel {
         if leads_back(to) {
             return Err(Refusal::Authority(format!("{to}, which is a port of the mesh itself,")));
         }
-        let slot = self.pod.slot().ok_or(Refusal::Overloaded("the pod has as many connections as it may"))?;
         // The peer's node is trusted to tell the client's port, never its address.
         let told = request.forwarded.as_ref().filter(|f| f.client.ip() == self.remote.ip());
         let client = told.map_or(self.remote, |f| f.client);
-        let permit = Permit::check(&self.pod, Some(&peer.id), client, to)
-            .map_err(|denied| Refusal::Denied { by: denied.by })?;
         let mut ends = self.inbound.ends(&self.pod, client);
         ends.source_id = Some(peer.id.clone());
         ends.server = Some(to);
         let host = request.forwarded.as_ref().and_then(|f| f.host.as_deref());
         ends.service = host.and_then(|host| self.inbound.service_of(ends.destination.as_deref(), host));
-        let server =
-            self.inbound.dial(&permit).await.map_err(|source| Refusal::Unavailable { to, source })?;
         let record = Connection::begin(self.inbound.metrics.clone(), Direction::Inbound, ends);
-        record.opened();
-        Ok(Ready { record, permit, server, _slot: slot })
+        match self.open(peer, client, to).await {
+            Ok((permit, server, slot)) => {
+                record.opened();
+                Ok(Ready { record, permit, server, _slot: slot })
+            }
+            Err(refusal) => {
+                record.finish(&end_of(&refusal), 0, 0);
+                Err(refusal)
+            }
+        }
     }
 
     async fn splice(&self, ready: Ready, stream: HboneStream) {
@@ -116,18 +136,23 @@ impl hbone::Handler for Tunnel {
     }
 
     fn refused(&self, peer: &Arc<Peer>, refusal: &Refusal) {
+        // What `open` refused has been recorded with all that was known.
+        if matches!(refusal, Refusal::Denied { .. } | Refusal::Unavailable { .. } | Refusal::Overloaded(_)) {
+            return;
+        }
         let mut ends = self.inbound.ends(&self.pod, self.remote);
         ends.source_id = Some(peer.id.clone());
-        let flags = match refusal {
-            Refusal::Denied { .. } => "RBAC",
-            Refusal::Unavailable { to, .. } => {
-                ends.server = Some(*to);
-                "UF"
-            }
-            Refusal::Overloaded(_) => "UO",
-            _ => "DPE",
-        };
         let record = Connection::begin(self.inbound.metrics.clone(), Direction::Inbound, ends);
-        record.finish(&End::refused(flags, refusal.label(), chain(refusal)), 0, 0);
+        record.finish(&end_of(refusal), 0, 0);
     }
+}
+
+fn end_of(refusal: &Refusal) -> End {
+    let flags = match refusal {
+        Refusal::Denied { .. } => "RBAC",
+        Refusal::Unavailable { .. } => "UF",
+        Refusal::Overloaded(_) => "UO",
+        _ => "DPE",
+    };
+    End::refused(flags, refusal.label(), chain(refusal))
 }

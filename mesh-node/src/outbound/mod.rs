@@ -114,7 +114,8 @@ impl OutboundError {
 /// An upstream that is ready to be spliced.
 enum Upstream {
     Plain(TcpStream),
-    Local(TcpStream, Permit),
+    /// With the receiving side's record.
+    Local(TcpStream, Permit, Box<Connection>),
     Hbone(HboneStream),
 }
 
@@ -251,15 +252,24 @@ impl Outbound {
         };
         record.ends.security = Security::NodeLocal;
         record.ends.destination_id = Some(destination.identity.clone());
-        let source = record.ends.source_id.clone();
-        let permit =
-            Permit::check(&destination, source.as_ref(), client, target.addr).inspect_err(|denied| {
-                // The receiving side reports what it refuses, on this path as on any other.
-                let theirs = Connection::begin(self.metrics.clone(), Direction::Inbound, record.ends.clone());
+        // The receiving side reports for itself, on this path as on any other.
+        let theirs = Connection::begin(self.metrics.clone(), Direction::Inbound, record.ends.clone());
+        let permit = match Permit::check(&destination, record.ends.source_id.as_ref(), client, target.addr) {
+            Ok(permit) => permit,
+            Err(denied) => {
                 theirs.finish(&End::refused("RBAC", "denied", denied.to_string()), 0, 0);
-            })?;
-        let server = self.inbound.dial(&permit).await.map_err(unreachable)?;
-        Ok(Upstream::Local(server, permit))
+                return Err(denied.into());
+            }
+        };
+        let server = match self.inbound.dial(&permit).await {
+            Ok(server) => server,
+            Err(source) => {
+                theirs.finish(&End::refused("UF", "unavailable", chain(&source)), 0, 0);
+                return Err(unreachable(source));
+            }
+        };
+        theirs.opened();
+        Ok(Upstream::Local(server, permit, Box::new(theirs)))
     }
 
     #[expect(
@@ -305,7 +315,11 @@ impl Outbound {
             Stop::Deadline
         };
         let (outcome, end) = match upstream {
-            Upstream::Local(server, permit) => self.inbound.splice(client, server, permit).await,
+            Upstream::Local(server, permit, theirs) => {
+                let (outcome, end) = self.inbound.splice(client, server, permit).await;
+                theirs.finish(&end, outcome.received, outcome.sent);
+                (outcome, end)
+            }
             Upstream::Plain(server) => {
                 let outcome = copy(client, TcpEnd::new(server), &counters, stop).await;
                 let end = End::of_copy(&outcome.end);
