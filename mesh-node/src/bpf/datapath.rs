@@ -62,6 +62,24 @@ const SK_LOOKUP_PROGRAM: &str = "inbound";
 /// The inode number of the root of a cgroup2 hierarchy (`kernel/cgroup/cgroup.c`).
 const CGROUP_ROOT_INODE: u64 = 1;
 
+/// Key and value sizes of the maps that are handled as bytes and are not the reconciler's.
+const MAPS: [(&str, usize, usize); 14] = [
+    (map::CONFIG, size_of::<u32>(), size_of::<value::Config>()),
+    (map::AFFINITY, size_of::<key::Affinity>(), size_of::<value::Affinity>()),
+    (map::SOCKET_FLOW, size_of::<u32>(), size_of::<value::SocketFlow>()),
+    (map::ORIG_DST, size_of::<u32>(), size_of::<Endpoint>()),
+    (map::CLIENT, size_of::<u32>(), size_of::<Endpoint>()),
+    (map::ORIG_DST_FLOWS, size_of::<key::Flow>(), size_of::<Endpoint>()),
+    (map::CLIENT_FLOWS, size_of::<key::Flow>(), size_of::<Endpoint>()),
+    (map::PROBE_FLOWS, size_of::<key::Probe>(), size_of::<value::Probe>()),
+    (map::INBOUND_SOCKETS, size_of::<Ip>(), size_of::<u32>()),
+    (map::LISTENERS, size_of::<key::Listener>(), size_of::<value::Listener>()),
+    (map::OLD_LISTENERS, size_of::<key::Listener>(), size_of::<value::Listener>()),
+    (map::UDP_FLOWS, size_of::<key::Udp>(), size_of::<Endpoint>()),
+    (map::UDP_STICKY, size_of::<key::Udp>(), size_of::<Endpoint>()),
+    (map::DIRECT_STATS, size_of::<key::Direct>(), size_of::<value::Direct>()),
+];
+
 /// Where the programs are attached and whom they spare.
 #[derive(Clone, Debug)]
 pub struct LoadOptions {
@@ -257,33 +275,27 @@ impl Datapath {
         // Before the maps are taken out: a program is loaded with the descriptors of those it uses.
         load_programs(&mut ebpf)?;
         let mut maps = Maps { ebpf: &mut ebpf, staging: &staging };
-        let config_map = maps.bytes(map::CONFIG, 4, size_of::<value::Config>())?;
-        write_config(&config_map, &config)?;
         let kernel_maps = KernelMaps(maps.tables()?);
-        let address = size_of::<Ip>();
-        let listener = (size_of::<key::Listener>(), size_of::<value::Listener>());
-        let endpoint = size_of::<Endpoint>();
-        let flow = size_of::<key::Flow>();
-        let inbound_sockets = maps.bytes(map::INBOUND_SOCKETS, address, size_of::<u32>())?;
-        let listeners = maps.bytes(map::LISTENERS, listener.0, listener.1)?;
-        let old_listeners = maps.bytes(map::OLD_LISTENERS, listener.0, listener.1)?;
-        let direct_stats =
-            maps.bytes(map::DIRECT_STATS, size_of::<key::Direct>(), size_of::<value::Direct>())?;
-        let orig_dst = maps.bytes(map::ORIG_DST, size_of::<u32>(), endpoint)?;
-        let client = maps.bytes(map::CLIENT, size_of::<u32>(), endpoint)?;
-        // Kept by the programs alone; only pinned and checked here.
-        maps.bytes(map::SOCKET_FLOW, size_of::<u32>(), size_of::<value::SocketFlow>())?;
-        maps.bytes(map::ORIG_DST_FLOWS, flow, endpoint)?;
-        maps.bytes(map::CLIENT_FLOWS, flow, endpoint)?;
-        maps.bytes(map::PROBE_FLOWS, size_of::<key::Probe>(), size_of::<value::Probe>())?;
-        maps.bytes(map::AFFINITY, size_of::<key::Affinity>(), size_of::<value::Affinity>())?;
-        maps.bytes(map::UDP_FLOWS, size_of::<key::Udp>(), endpoint)?;
-        maps.bytes(map::UDP_STICKY, size_of::<key::Udp>(), endpoint)?;
+        let mut others = BTreeMap::new();
+        for (name, key, value) in MAPS {
+            others.insert(name, maps.bytes(name, key, value)?);
+        }
+        // The maps that stay in `others` are the programs' alone: pinned and checked, nothing more.
+        let mut other =
+            |name| others.remove(name).ok_or(BpfError::Missing { what: "map", name: String::from(name) });
+        let config_map = other(map::CONFIG)?;
+        let inbound_sockets = other(map::INBOUND_SOCKETS)?;
+        let listeners = other(map::LISTENERS)?;
+        let old_listeners = other(map::OLD_LISTENERS)?;
+        let direct_stats = other(map::DIRECT_STATS)?;
+        let orig_dst = other(map::ORIG_DST)?;
+        let client = other(map::CLIENT)?;
         let counters = PerCpuArray::try_from(Map::PerCpuArray(maps.data(map::COUNTERS)?))
             .map_err(|source| map_error(map::COUNTERS, source))?;
         let events = RingBuf::try_from(Map::RingBuf(maps.data(map::EVENTS)?))
             .map_err(|source| map_error(map::EVENTS, source))?;
         let logs = log_pump(&mut ebpf);
+        write_config(&config_map, &config)?;
 
         attach_cgroup_programs(&mut ebpf, &root, &staging)?;
         pins.commit()?;
@@ -606,5 +618,39 @@ fn check_cgroup(path: &Path) -> io::Result<()> {
         Ok(())
     } else {
         Err(io::Error::other("it is not on a cgroup2 file system"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The object's BTF says how large the programs' keys and values are; they have to be the daemon's types.
+    #[test]
+    fn the_object_has_the_layout_of_the_daemons_types() {
+        let object = aya_obj::Object::parse(OBJECT).unwrap();
+        let size = |name: &str| {
+            let map = object.maps.get(name).unwrap_or_else(|| panic!("the object has no map {name}"));
+            (map.key_size() as usize, map.value_size() as usize)
+        };
+        for table in Table::ALL {
+            assert_eq!(size(table.name()), table.sizes(), "{table}");
+        }
+        for (name, key, value) in MAPS {
+            assert_eq!(size(name), (key, value), "{name}");
+        }
+        assert_eq!(size(map::COUNTERS), (4, 8));
+        let named = Table::ALL.iter().map(|table| table.name()).chain(MAPS.iter().map(|(name, ..)| *name));
+        let mut named: Vec<&str> = named.chain([map::COUNTERS, map::EVENTS]).collect();
+        named.sort_unstable();
+        let mut all = map::ALL.to_vec();
+        all.sort_unstable();
+        assert_eq!(named, all, "every map is named once");
+    }
+
+    #[test]
+    fn a_folder_outside_of_cgroup2_is_refused_by_name() {
+        let error = cgroup_id(Path::new("/proc")).unwrap_err();
+        assert!(error.to_string().contains("/proc"), "{error}");
     }
 }
