@@ -255,6 +255,7 @@ pub struct Datapath {
 
 impl Datapath {
     /// Loads, attaches and pins everything, then removes the pins of a dead predecessor. Needs root's capabilities.
+    /// The logger of the programs' lines is the `log` crate's at this moment: set it (tracing's subscriber) before.
     pub fn load(options: &LoadOptions) -> Result<Self, BpfError> {
         let mut config = value::Config {
             daemon_cgroup: cgroup_id(&options.daemon_cgroup)?,

@@ -592,14 +592,14 @@ fn log_lines_follow_the_level_at_run_time() -> Result<()> {
     let mut cluster = bare()?;
     cluster.start_apps()?;
     let db = cluster.pod("shop/db-0")?.spec.clone();
+    let lines = Lines::default();
+    // The programs' lines come through the log crate, whose logger this sets; the loader keeps the one it finds.
+    tracing_subscriber::fmt().with_ansi(false).with_writer(lines.clone()).init();
     let mut lab = Lab::new(&cluster, "node-a")?;
     let service = format!("{}:80", vip::LEDGER);
     lab.frontend(&service, Protocol::Tcp, Verdict::Direct, &[addr(db.v4, ports::WHO)]);
     lab.capture("shop/web-0", false)?;
     let web = cluster.pod("shop/web-0")?;
-    let lines = Lines::default();
-    // The programs' lines come through the log crate, which this makes tracing's.
-    tracing_subscriber::fmt().with_ansi(false).with_writer(lines.clone()).init();
     let runtime = tokio::runtime::Runtime::new()?;
     runtime.spawn(lab.datapath.take_logs().context("the log lines")?);
 
