@@ -126,13 +126,18 @@ fn bring_up(fixture: &Fixture, config: &Path) -> Result<(Cluster, Leftovers)> {
     Ok((cluster, leftovers))
 }
 
+/// What the daemons complained about: a line for each connection that went well would hide it.
 fn print_logs(cluster: &Cluster) {
+    let complaints = |name: &str, log: &str| {
+        let lines: Vec<&str> = log.lines().filter(|line| !line.contains(" INFO ")).collect();
+        println!("--- {name}: warnings and errors\n{}", mesh_tests::proc::tail(&lines.join("\n"), 20));
+    };
     if let Some(control) = &cluster.control {
-        println!("--- mesh-control\n{}", mesh_tests::proc::tail(&control.proc.log(), 30));
+        complaints("mesh-control", &control.proc.log());
     }
     for node in &cluster.nodes {
         if let Ok(daemon) = node.daemon() {
-            println!("--- mesh-node {}\n{}", node.spec.name, mesh_tests::proc::tail(&daemon.proc.log(), 40));
+            complaints(&format!("mesh-node {}", node.spec.name), &daemon.proc.log());
         }
     }
 }

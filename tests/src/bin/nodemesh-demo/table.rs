@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 use std::{
-    io::Write,
+    io::{IsTerminal, Write},
     time::{Duration, Instant},
 };
 
@@ -32,8 +32,11 @@ impl Table {
         if self.held + self.failed == 0 {
             println!("  {:<4} {:<34} seen\n  {:-<4} {:-<34} {:-<60}", "", "claim", "", "", "");
         }
-        print!("  ...  {claim}");
-        let _ = std::io::stdout().flush();
+        let terminal = std::io::stdout().is_terminal();
+        if terminal {
+            print!("  ...  {claim}");
+            let _ = std::io::stdout().flush();
+        }
         let (mark, seen) = match check() {
             Ok(seen) => {
                 self.held += 1;
@@ -44,7 +47,9 @@ impl Table {
                 ("FAIL", format!("{error:#}"))
             }
         };
-        print!("\r");
+        if terminal {
+            print!("\r");
+        }
         for (number, seen) in seen.lines().enumerate() {
             let (mark, claim) = if number == 0 { (mark, claim) } else { ("", "") };
             println!("  {mark:<4} {claim:<34} {seen}");
