@@ -170,7 +170,8 @@ pub fn is_outbound_listener(pod: &value::Pod, local: &Endpoint) -> bool {
     port.is_some() && port.be == local.port.be && addr.same(&local.addr)
 }
 
-#[cfg(all(test, feature = "user"))]
+#[cfg(test)]
+#[cfg(feature = "user")]
 mod tests {
     use super::*;
     use crate::net::NetPort;

@@ -194,7 +194,8 @@ mod user {
     }
 }
 
-#[cfg(all(test, feature = "user"))]
+#[cfg(test)]
+#[cfg(feature = "user")]
 mod tests {
     use super::*;
     use std::net::{IpAddr, SocketAddr};

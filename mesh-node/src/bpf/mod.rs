@@ -7,6 +7,7 @@
 mod alias;
 pub mod counters;
 pub mod datapath;
+pub mod error;
 pub mod events;
 pub mod intent;
 pub mod lower;
@@ -17,7 +18,8 @@ pub mod sockmeta;
 mod sys;
 
 pub use counters::DirectStat;
-pub use datapath::{BpfError, Datapath, LoadOptions};
+pub use datapath::{Datapath, LoadOptions};
+pub use error::BpfError;
 pub use events::{DenyEvent, DenyEvents};
 pub use intent::{Backend, CapturedPod, Destination, Frontend, Intent, Verdict};
 pub use mesh_common::code::{Counter, DenyReason};
