@@ -191,7 +191,7 @@ impl Config {
 }
 
 /// The first cgroup2 mount of this host, from /proc/self/mounts (proc(5)).
-fn find_cgroup2() -> Option<PathBuf> {
+pub fn find_cgroup2() -> Option<PathBuf> {
     let mounts = std::fs::read_to_string("/proc/self/mounts").ok()?;
     mounts.lines().find_map(|line| {
         let mut fields = line.split(' ');

@@ -12,7 +12,7 @@ use super::{
 use crate::{
     admin::server::{Endpoint, admin_router, bind, stats_router},
     bpf::{Datapath, DenyEvent, LoadOptions},
-    config::Config,
+    config::{self, Config},
     drain::Drain,
     enroll::{self, Enroller, Limits, scan::ScanConfig},
     hbone::{Pool, PoolLimits},
@@ -165,7 +165,8 @@ async fn serve(config: Config, log: LogFilter) -> anyhow::Result<()> {
         net::unix::listen(&config.args.run_dir.join("cni.sock")).context("cannot listen for mesh-cni")?;
     let cni = tokio::spawn(enroll::server::serve(cni, enroller.clone(), stop.clone()));
     let scan = ScanConfig {
-        cgroup_root: config.cgroup_root.clone(),
+        // The mount point, not the directory to attach to: /proc shows paths from there.
+        cgroup_root: config::find_cgroup2().unwrap_or_else(|| config.cgroup_root.clone()),
         pods_cgroup: config.args.pods_cgroup.clone(),
         ..ScanConfig::default()
     };
