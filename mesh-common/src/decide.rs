@@ -150,15 +150,21 @@ pub fn inbound_unsteered(strict: bool) -> Inbound {
 
 /// Bytes of app data that a TCP socket saw, out of the kernel's counts of sequence numbers, which include SYN and FIN.
 /// Returns (sent, received). `old_state` is the state that the socket leaves for CLOSE (`include/net/tcp_states.h`).
-/// Where it does not tell whether the peer's FIN came (FIN_WAIT2), the count of received bytes may be 1 too high.
+///
+/// FIN_WAIT2 alone does not tell whether the peer's FIN came. What came after the peer had acknowledged this side's FIN
+/// (`received_at_fin`, the low half of the count then) ended with it, unless the connection was reset.
 #[inline(always)]
-pub fn app_bytes(acked: u64, received: u64, old_state: u32) -> (u64, u64) {
+pub fn app_bytes(acked: u64, received: u64, old_state: u32, received_at_fin: u32) -> (u64, u64) {
     const FIN_WAIT2: u32 = 5;
     const CLOSE_WAIT: u32 = 8;
     const LAST_ACK: u32 = 9;
     const CLOSING: u32 = 11;
     let our_fin = matches!(old_state, FIN_WAIT2 | LAST_ACK) as u64;
-    let peer_fin = matches!(old_state, CLOSE_WAIT | LAST_ACK | CLOSING) as u64;
+    let peer_fin = match old_state {
+        CLOSE_WAIT | LAST_ACK | CLOSING => 1,
+        FIN_WAIT2 => (received as u32 != received_at_fin) as u64,
+        _ => 0,
+    };
     (acked.saturating_sub(1 + our_fin), received.saturating_sub(peer_fin))
 }
 
@@ -289,9 +295,14 @@ mod tests {
 
     #[test]
     fn syn_and_fin_are_not_app_bytes() {
-        assert_eq!(app_bytes(102, 50, 5), (100, 50), "FIN_WAIT2: our FIN was acknowledged");
-        assert_eq!(app_bytes(102, 51, 9), (100, 50), "LAST_ACK: both");
-        assert_eq!(app_bytes(101, 50, 1), (100, 50), "ESTABLISHED: a reset");
-        assert_eq!(app_bytes(0, 0, 9), (0, 0));
+        assert_eq!(
+            app_bytes(102, 50, 5, 50),
+            (100, 50),
+            "FIN_WAIT2: closed, and the peer's FIN is not awaited"
+        );
+        assert_eq!(app_bytes(102, 51, 5, 20), (100, 50), "FIN_WAIT2: half-closed, then the peer's FIN");
+        assert_eq!(app_bytes(102, 51, 9, 0), (100, 50), "LAST_ACK: both");
+        assert_eq!(app_bytes(101, 50, 1, 0), (100, 50), "ESTABLISHED: a reset");
+        assert_eq!(app_bytes(0, 0, 9, 0), (0, 0));
     }
 }

@@ -93,8 +93,9 @@ abi! {
         pub actual: Endpoint = 28,
         /// `code::flow`.
         pub kind: u32 = 48,
-        /// Zero.
-        pub reserved: u32 = 52,
+        /// Low half of the count of received bytes when the peer acknowledged this side's FIN; see
+        /// `decide::app_bytes`.
+        pub received_at_fin: u32 = 52,
     }
 
     /// When a probe was seen, by the monotonic clock, in nanoseconds.

@@ -80,7 +80,13 @@ fn connect<F: Family>(ctx: &SockAddrContext) -> i32 {
     };
     let remembered = SOCKET_FLOW.set(
         socket,
-        value::SocketFlow { cookie, original: dst, actual: target, kind: u32::from(kind), reserved: 0 },
+        value::SocketFlow {
+            cookie,
+            original: dst,
+            actual: target,
+            kind: u32::from(kind),
+            received_at_fin: 0,
+        },
     );
     if !remembered {
         count(counter::STORE_FAILED);
@@ -128,7 +134,7 @@ fn announce_probe(ctx: &SockAddrContext, config: &value::Config, cookie: u64, ds
         return;
     }
     let probe =
-        value::SocketFlow { cookie, original: *dst, actual: *dst, kind: u32::from(flow::PROBE), reserved: 0 };
+        value::SocketFlow { cookie, original: *dst, actual: *dst, kind: u32::from(flow::PROBE), received_at_fin: 0 };
     if !SOCKET_FLOW.set(ctx::socket(ctx), probe) {
         count(counter::STORE_FAILED);
     }

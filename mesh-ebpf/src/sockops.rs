@@ -17,7 +17,7 @@ use aya_ebpf::{
     bindings::{
         BPF_NOEXIST, BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB, BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB,
         BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_STATE_CB_FLAG, BPF_SOCK_OPS_TCP_CONNECT_CB,
-        BPF_SOCK_OPS_TCP_LISTEN_CB, BPF_TCP_CLOSE, BPF_TCP_LISTEN, bpf_sock,
+        BPF_SOCK_OPS_TCP_LISTEN_CB, BPF_TCP_CLOSE, BPF_TCP_FIN_WAIT2, BPF_TCP_LISTEN, bpf_sock,
     },
     macros::sock_ops,
     programs::SockOpsContext,
@@ -122,13 +122,9 @@ fn store(
 /// A client's connection is established.
 #[inline(always)]
 fn connected(ctx: &SockOpsContext) {
-    let socket = ctx::sock_ops_socket(ctx);
-    if socket.is_null() {
-        return;
-    }
-    let Some(direct) = direct_flow(socket) else { return };
+    let Some(dialled) = direct_socket(ctx::sock_ops_socket(ctx)) else { return };
     count(counter::DIRECT_OPENED);
-    if let Some(row) = direct_row(&direct) {
+    if let Some(row) = direct_row(&row_key(dialled)) {
         row.opened(1);
         // The end of the connection brings its bytes.
         ctx::change_flags(ctx, BPF_SOCK_OPS_STATE_CB_FLAG, 0);
@@ -172,16 +168,15 @@ fn state_changed(ctx: &SockOpsContext) {
         {
             count.add(-1);
         }
+    } else if new == BPF_TCP_FIN_WAIT2 {
+        let Some(dialled) = direct_socket(ctx::sock_ops_socket(ctx)) else { return };
+        dialled.received_at_fin = ctx::byte_counts(ctx).1 as u32;
     } else if new == BPF_TCP_CLOSE {
-        let socket = ctx::sock_ops_socket(ctx);
-        if socket.is_null() {
-            return;
-        }
-        let Some(direct) = direct_flow(socket) else { return };
+        let Some(dialled) = direct_socket(ctx::sock_ops_socket(ctx)) else { return };
         let (acked, received) = ctx::byte_counts(ctx);
-        let (sent, received) = decide::app_bytes(acked, received, old);
+        let (sent, received) = decide::app_bytes(acked, received, old, dialled.received_at_fin);
         count(counter::DIRECT_CLOSED);
-        if let Some(row) = direct_row(&direct) {
+        if let Some(row) = direct_row(&row_key(dialled)) {
             row.closed(sent, received);
         }
     }
@@ -189,13 +184,17 @@ fn state_changed(ctx: &SockOpsContext) {
 
 /// The storage of a client that was balanced in the kernel.
 #[inline(always)]
-fn direct_flow(socket: *mut bpf_sock) -> Option<key::Direct> {
-    let dialled = SOCKET_FLOW.of(socket)?;
-    if dialled.kind == u32::from(flow::DIRECT) {
-        Some(key::Direct::new(dialled.cookie, dialled.original, dialled.actual))
-    } else {
-        None
+fn direct_socket(socket: *mut bpf_sock) -> Option<&'static mut value::SocketFlow> {
+    if socket.is_null() {
+        return None;
     }
+    let dialled = SOCKET_FLOW.of(socket)?;
+    if dialled.kind == u32::from(flow::DIRECT) { Some(dialled) } else { None }
+}
+
+#[inline(always)]
+fn row_key(dialled: &value::SocketFlow) -> key::Direct {
+    key::Direct::new(dialled.cookie, dialled.original, dialled.actual)
 }
 
 /// A listener's count.

@@ -313,6 +313,25 @@ fn direct_bytes_are_counted_exactly() -> Result<()> {
     // The protocol adds a header and a trailer of well under a kilobyte.
     assert!((up..up + 1024).contains(&row.sent_bytes), "{row:?}");
     assert!((down..down + 1024).contains(&row.received_bytes), "{row:?}");
+
+    // Whoever closes first: SYN and FIN are no bytes of the app.
+    let mut seen = rows.len();
+    for (port, options, sent, received) in
+        [(ports::ECHO, "--send hello --shutdown", 6, 10), (ports::RESET, "--send hello", 6, 0)]
+    {
+        let service = format!("{}:{port}", vip::LEDGER);
+        lab.frontend(&service, Protocol::Tcp, Verdict::Direct, &[addr(server.v4, port)]);
+        lab.apply()?;
+        let dialled = cluster.pod("shop/web-0")?.dial(&format!("--to {service} {options}"))?;
+        assert_eq!(dialled.received.len(), received, "{dialled:?}");
+        seen += 1;
+        let row = wait::until("the connection to be closed", Duration::from_secs(10), || {
+            let rows = lab.datapath.direct_stats().map_err(chain)?;
+            let closed = rows.iter().filter(|row| row.closed == 1).count() == seen;
+            Ok(rows.into_iter().find(|row| closed && row.vip.port() == port))
+        })?;
+        assert_eq!((row.sent_bytes, row.received_bytes), (sent, received as u64), "{port}: {row:?}");
+    }
     lab.end()
 }
 
@@ -547,6 +566,22 @@ fn listeners_are_followed_after_the_capture() -> Result<()> {
     // Loopback listeners do not open the pod's address.
     let _loopback = listen(target, "127.0.0.1:7777".parse()?)?;
     assert_eq!(dial(7777)?, "connect: refused");
+    // What Go's net.Listen opens by default: a Multipath TCP socket. Not every kernel has it.
+    let multipath = target.netns.within(|| {
+        let protocol = socket2::Protocol::from(libc::IPPROTO_MPTCP);
+        let Ok(socket) = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, Some(protocol))
+        else {
+            return Ok(None);
+        };
+        socket.bind(&"0.0.0.0:7779".parse::<SocketAddr>()?.into())?;
+        socket.listen(8)?;
+        Ok(Some(socket))
+    })?;
+    if let Some(socket) = multipath {
+        assert_ne!(dial(7779)?, "connect: refused");
+        drop(socket);
+        assert_eq!(dial(7779)?, "connect: refused");
+    }
     // Two sockets on one port: the port closes with the second.
     let reuse = || {
         target.netns.within(|| {
