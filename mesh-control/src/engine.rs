@@ -55,6 +55,8 @@ pub struct Engine {
     tracker: Tracker,
     index: Index,
     last: Step,
+    /// Whether there was a report on a directory that could be read.
+    reported: bool,
 }
 
 impl Engine {
@@ -62,7 +64,7 @@ impl Engine {
     pub fn new(dir: PathBuf, settings: Settings) -> Self {
         let mut index = Index::new(settings);
         let last = Step { snapshot: index.snapshot(), report: Arc::default(), events: 0 };
-        Self { dir, tracker: Tracker::default(), index, last }
+        Self { dir, tracker: Tracker::default(), index, last, reported: false }
     }
 
     /// Reads the directory and brings the snapshot up to date. When it cannot be read everything stays as it is.
@@ -76,7 +78,11 @@ impl Engine {
                     self.index.apply(event);
                 }
                 self.last.snapshot = self.index.snapshot();
-                self.set_report(self.report());
+                // The report is linear in all objects: not for a scan that found nothing new.
+                if self.tracker.touched() || self.last.report.directory.is_some() || !self.reported {
+                    self.reported = true;
+                    self.set_report(self.report());
+                }
             }
             Err(error) => {
                 self.last.events = 0;

@@ -10,7 +10,7 @@ use crate::{
     engine::{Engine, Report, Step},
     report::Severity,
     serve::{
-        CertificateService, Current, LoopbackAdmit, ServerIdentity, TlsIncoming, TokenAdmit, plaintext,
+        CertificateService, Current, Gate, LoopbackAdmit, ServerIdentity, TlsIncoming, TokenAdmit, plaintext,
         secure,
     },
     source::file::Watch,
@@ -36,6 +36,8 @@ use tokio::{
 const TOKENS_EVERY: Duration = Duration::from_secs(2);
 /// How often the ends of our own certificates are looked at.
 const RENEW_EVERY: Duration = Duration::from_hours(1);
+/// HTTP connections at a time on each of the listeners for pages and metrics.
+const MAX_PAGES: usize = 256;
 /// How long open streams may take to end at shutdown.
 const DRAIN: Duration = Duration::from_secs(5);
 
@@ -181,7 +183,7 @@ async fn pages(
     router: Router,
     stop: impl Future<Output = ()> + Send + 'static,
 ) -> Result<()> {
-    Ok(axum::serve(listener, router).with_graceful_shutdown(stop).await?)
+    Ok(axum::serve(Gate::new(listener, MAX_PAGES), router).with_graceful_shutdown(stop).await?)
 }
 
 /// Takes a step whenever the directory may have changed.

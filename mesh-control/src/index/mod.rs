@@ -15,7 +15,7 @@ mod workloads;
 use crate::{
     object::{
         AuthorizationPolicy, EndpointSlice, Kind, Labels, Namespace, Node, Object, ObjectKey,
-        PeerAuthentication, Pod, PolicyTarget, Selector, Service,
+        PeerAuthentication, Pod, PolicyTarget, Service, has_all,
     },
     report::Issue,
     snapshot::Snapshot,
@@ -352,9 +352,8 @@ impl Index {
     /// Marks the pods that a service has by its labels or by its slices.
     fn touch_service_pods(&mut self, service: &NamespacedName, selector: &Labels) {
         if !selector.is_empty() {
-            let selector = Selector(selector.clone());
             let chosen = of_namespace(&self.pods, &service.namespace)
-                .filter(|(_, pod)| selector.matches(&pod.labels))
+                .filter(|(_, pod)| has_all(&pod.labels, selector))
                 .map(|(name, _)| name.clone());
             self.dirty.pods.extend(chosen);
         }

@@ -1,7 +1,7 @@
 //! Workloads: pods, and endpoints of slices that are no pods.
 
 use super::{Index, of_namespace};
-use crate::object::{Endpoint, Enrol, Labels, Pod, Selector, Service, SlicePort, TargetRef};
+use crate::object::{Endpoint, Enrol, Labels, Pod, Service, SlicePort, TargetRef, has_all};
 use mesh_xds::model::{
     Health, Locality, NamespacedName, Protocol, ServiceMembership, TargetPort, TunnelProtocol, Workload,
     WorkloadKind,
@@ -218,9 +218,7 @@ impl Index {
 
 /// A service without a selector has only the endpoints that its slices give it.
 pub(super) fn selects(service: &Service, labels: &Labels) -> bool {
-    !service.external_name
-        && !service.selector.is_empty()
-        && Selector(service.selector.clone()).matches(labels)
+    !service.external_name && !service.selector.is_empty() && has_all(labels, &service.selector)
 }
 
 /// A slice's ports belong to the service's ports of the same name.

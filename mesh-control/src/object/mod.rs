@@ -6,7 +6,7 @@
 mod policy;
 
 pub use policy::{
-    AuthorizationPolicy, Effect, MtlsMode, PeerAuthentication, PolicyAction, PolicyTarget, Selector,
+    AuthorizationPolicy, Effect, MtlsMode, PeerAuthentication, PolicyAction, PolicyTarget, Selector, has_all,
 };
 
 use mesh_xds::model::{AppProtocol, NamespacedName, Protocol};

@@ -11,8 +11,13 @@ pub struct Selector(pub Labels);
 impl Selector {
     /// Whether `labels` have every label asked for. An empty selector matches everything.
     pub fn matches(&self, labels: &Labels) -> bool {
-        self.0.iter().all(|(k, v)| labels.get(k) == Some(v))
+        has_all(labels, &self.0)
     }
+}
+
+/// Whether `labels` have every one of `wanted`, with the same value.
+pub fn has_all(labels: &Labels, wanted: &Labels) -> bool {
+    wanted.iter().all(|(k, v)| labels.get(k) == Some(v))
 }
 
 /// An mTLS mode as it is written.

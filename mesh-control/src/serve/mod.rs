@@ -5,13 +5,15 @@
 
 mod admit;
 mod certificates;
+mod connection;
 mod grpc;
 mod tls;
 
 pub use admit::{LoopbackAdmit, TokenAdmit};
 pub use certificates::CertificateService;
+pub use connection::{Connection, Gate, Peer};
 pub use grpc::{plaintext, secure};
-pub use tls::{ServerIdentity, TlsError, TlsIncoming};
+pub use tls::{ServerIdentity, TlsConnection, TlsError, TlsIncoming};
 
 use crate::snapshot::Snapshot;
 use arc_swap::ArcSwap;

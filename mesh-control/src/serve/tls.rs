@@ -3,6 +3,7 @@
 //! Handshakes run beside each other, bounded in number and time, so that a client that stalls in its own does not hold
 //! up the others. Clients are known by tokens, so no client certificate is asked for.
 
+use super::connection::{Connection, Gate};
 use crate::ca::{Authority, CaError};
 use arc_swap::ArcSwapOption;
 use rustls::{
@@ -13,26 +14,24 @@ use rustls::{
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer, pem::PemObject};
 use std::{
     io,
-    net::{IpAddr, SocketAddr},
-    pin::Pin,
+    net::IpAddr,
     sync::{
         Arc,
         atomic::{AtomicI64, Ordering},
     },
-    task::{Context, Poll},
     time::Duration,
 };
 use time::OffsetDateTime;
 use tokio::{
-    io::{AsyncRead, AsyncWrite, ReadBuf},
     net::{TcpListener, TcpStream},
     task::JoinSet,
 };
 use tokio_rustls::{TlsAcceptor, server::TlsStream};
-use tonic::transport::server::Connected;
 
 /// Handshakes at a time.
 const MAX_HANDSHAKES: usize = 1024;
+/// Connections at a time. More wait in the listener's queue.
+const MAX_CONNECTIONS: usize = 20_000;
 /// The longest handshake.
 const HANDSHAKE: Duration = Duration::from_secs(10);
 
@@ -113,16 +112,20 @@ impl ResolvesServerCert for ServerIdentity {
 }
 
 /// Connections whose handshake is done.
+#[derive(Debug)]
 pub struct TlsIncoming {
-    listener: TcpListener,
-    acceptor: TlsAcceptor,
+    gate: Gate,
+    config: Arc<ServerConfig>,
     handshakes: JoinSet<Option<TlsConnection>>,
 }
+
+/// A connection after its handshake.
+pub type TlsConnection = Connection<TlsStream<TcpStream>>;
 
 impl TlsIncoming {
     /// Accepts on `listener`.
     pub fn new(listener: TcpListener, config: Arc<ServerConfig>) -> Self {
-        Self { listener, acceptor: config.into(), handshakes: JoinSet::new() }
+        Self { gate: Gate::new(listener, MAX_CONNECTIONS), config, handshakes: JoinSet::new() }
     }
 
     /// As the stream that tonic takes. It never ends.
@@ -141,25 +144,19 @@ impl TlsIncoming {
                         return connection;
                     }
                 }
-                accepted = self.listener.accept(), if self.handshakes.len() < MAX_HANDSHAKES => match accepted {
-                    Ok((stream, peer)) => {
-                        self.handshakes.spawn(handshake(self.acceptor.clone(), stream, peer));
-                    }
-                    Err(error) => {
-                        // Out of descriptors, mostly: wait for some to be closed instead of spinning.
-                        tracing::warn!(%error, "a connection could not be accepted");
-                        tokio::time::sleep(Duration::from_millis(100)).await;
-                    }
-                },
+                connection = self.gate.accept(), if self.handshakes.len() < MAX_HANDSHAKES => {
+                    self.handshakes.spawn(handshake(self.config.clone().into(), connection));
+                }
             }
         }
     }
 }
 
-async fn handshake(acceptor: TlsAcceptor, stream: TcpStream, peer: SocketAddr) -> Option<TlsConnection> {
-    let _ = stream.set_nodelay(true);
-    match tokio::time::timeout(HANDSHAKE, acceptor.accept(stream)).await {
-        Ok(Ok(stream)) => Some(TlsConnection { stream, peer }),
+async fn handshake(acceptor: TlsAcceptor, connection: Connection<TcpStream>) -> Option<TlsConnection> {
+    let peer = connection.peer();
+    let upgrade = connection.upgrade(async |stream| acceptor.accept(stream).await);
+    match tokio::time::timeout(HANDSHAKE, upgrade).await {
+        Ok(Ok(connection)) => Some(connection),
         Ok(Err(error)) => {
             tracing::info!(%peer, %error, "TLS handshake failed; the peer may not have our root-cert.pem");
             None
@@ -168,55 +165,5 @@ async fn handshake(acceptor: TlsAcceptor, stream: TcpStream, peer: SocketAddr) -
             tracing::info!(%peer, "TLS handshake took too long");
             None
         }
-    }
-}
-
-/// A connection after its handshake.
-#[derive(Debug)]
-pub struct TlsConnection {
-    stream: TlsStream<TcpStream>,
-    peer: SocketAddr,
-}
-
-/// The peer's address, in the extensions of each request.
-#[derive(Clone, Copy, Debug)]
-pub struct Peer(pub SocketAddr);
-
-impl Connected for TlsConnection {
-    type ConnectInfo = Peer;
-    fn connect_info(&self) -> Peer {
-        Peer(self.peer)
-    }
-}
-
-impl AsyncRead for TlsConnection {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buf: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_read(cx, buf)
-    }
-}
-
-impl AsyncWrite for TlsConnection {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write(cx, buf)
-    }
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_flush(cx)
-    }
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_shutdown(cx)
-    }
-    fn poll_write_vectored(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        bufs: &[io::IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write_vectored(cx, bufs)
-    }
-    fn is_write_vectored(&self) -> bool {
-        self.stream.is_write_vectored()
     }
 }

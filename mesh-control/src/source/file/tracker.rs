@@ -65,12 +65,14 @@ pub struct Tracker {
     parsed: BTreeMap<String, (String, Vec<Item>)>,
     held: BTreeMap<ObjectKey, Held>,
     problems: Vec<Problem>,
+    touched: bool,
 }
 
 impl Tracker {
     /// Takes in the files as they are now and says what has changed for the index.
     pub fn update(&mut self, files: Files) -> Vec<Event> {
         self.problems.clear();
+        self.touched = false;
         // Files whose contents are not known completely.
         let mut uncertain = BTreeSet::new();
         let mut parsed = BTreeMap::new();
@@ -79,11 +81,15 @@ impl Tracker {
                 Ok(text) => {
                     let items = match self.parsed.remove(&name) {
                         Some((old, items)) if old == text => items,
-                        _ => parse(&name, &text),
+                        _ => {
+                            self.touched = true;
+                            parse(&name, &text)
+                        }
                     };
                     parsed.insert(name, (text, items));
                 }
                 Err(why) => {
+                    self.touched = true;
                     self.problems.push(Problem {
                         file: name.clone(),
                         line: None,
@@ -98,6 +104,8 @@ impl Tracker {
                 }
             }
         }
+        // What is left are files that are gone.
+        self.touched |= !self.parsed.is_empty();
         self.parsed = parsed;
         let old = std::mem::take(&mut self.held);
         self.held = self.next(&old, &mut uncertain);
@@ -186,6 +194,11 @@ impl Tracker {
         }
         self.problems.append(&mut problems);
         next
+    }
+
+    /// Whether any text differed in the last update, or could not be read.
+    pub fn touched(&self) -> bool {
+        self.touched
     }
 
     /// Everything that is wrong with the files.
