@@ -133,8 +133,13 @@ fn announce_probe(ctx: &SockAddrContext, config: &value::Config, cookie: u64, ds
     if find!(INBOUND, &dst.addr).is_none() || !ctx::is_host_process(config) {
         return;
     }
-    let probe =
-        value::SocketFlow { cookie, original: *dst, actual: *dst, kind: u32::from(flow::PROBE), received_at_fin: 0 };
+    let probe = value::SocketFlow {
+        cookie,
+        original: *dst,
+        actual: *dst,
+        kind: u32::from(flow::PROBE),
+        received_at_fin: 0,
+    };
     if !SOCKET_FLOW.set(ctx::socket(ctx), probe) {
         count(counter::STORE_FAILED);
     }

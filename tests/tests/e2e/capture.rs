@@ -315,16 +315,13 @@ fn direct_bytes_are_counted_exactly() -> Result<()> {
     assert!((down..down + 1024).contains(&row.received_bytes), "{row:?}");
 
     // Whoever closes first: SYN and FIN are no bytes of the app.
-    let mut seen = rows.len();
-    for (port, options, sent, received) in
-        [(ports::ECHO, "--send hello --shutdown", 6, 10), (ports::RESET, "--send hello", 6, 0)]
-    {
+    let cases = [(ports::ECHO, "--send hello --shutdown", 6, 10), (ports::RESET, "--send hello", 6, 0)];
+    for (seen, (port, options, sent, received)) in (rows.len() + 1..).zip(cases) {
         let service = format!("{}:{port}", vip::LEDGER);
         lab.frontend(&service, Protocol::Tcp, Verdict::Direct, &[addr(server.v4, port)]);
         lab.apply()?;
         let dialled = cluster.pod("shop/web-0")?.dial(&format!("--to {service} {options}"))?;
         assert_eq!(dialled.received.len(), received, "{dialled:?}");
-        seen += 1;
         let row = wait::until("the connection to be closed", Duration::from_secs(10), || {
             let rows = lab.datapath.direct_stats().map_err(chain)?;
             let closed = rows.iter().filter(|row| row.closed == 1).count() == seen;
