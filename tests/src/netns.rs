@@ -82,12 +82,29 @@ impl NetNs {
         })
     }
 
+    /// A counter of the namespace's TCP extensions (`/proc/net/netstat`), for example `TCPFastOpenActive`.
+    pub fn tcp_counter(&self, name: &str) -> Result<u64> {
+        // `/proc/net` would be the namespace of the process's first thread.
+        let text = self.within(|| Ok(std::fs::read_to_string("/proc/thread-self/net/netstat")?))?;
+        parse_netstat(&text, name).with_context(|| format!("no counter {name} in /proc/net/netstat"))
+    }
+
     /// Sets a network sysctl of the namespace, for example `net/ipv4/ip_forward`.
     pub fn sysctl(&self, key: &str, value: &str) -> Result<()> {
         self.within(|| {
             std::fs::write(Path::new("/proc/sys").join(key), value).with_context(|| format!("sysctl {key}"))
         })
     }
+}
+
+/// Finds a value in pairs of lines: names, then numbers, both with the table's name first.
+fn parse_netstat(text: &str, name: &str) -> Option<u64> {
+    let lines: Vec<&str> = text.lines().collect();
+    lines.chunks(2).find_map(|pair| {
+        let [names, values] = pair else { return None };
+        let at = names.split(' ').position(|field| field == name)?;
+        values.split(' ').nth(at)?.parse().ok()
+    })
 }
 
 /// Names of all namespaces that begin with `prefix`.
@@ -133,4 +150,17 @@ fn ip(netns: Option<&str>, batch: &str) -> Result<()> {
         bail!("ip -batch in {netns:?} failed: {}\n{batch}", String::from_utf8_lossy(&output.stderr).trim());
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn netstat_counters() {
+        let text = "TcpExt: A B C\nTcpExt: 1 2 3\nIpExt: D\nIpExt: 4\n";
+        assert_eq!(parse_netstat(text, "B"), Some(2));
+        assert_eq!(parse_netstat(text, "D"), Some(4));
+        assert_eq!(parse_netstat(text, "E"), None);
+    }
 }

@@ -7,6 +7,7 @@ use nix::{
     unistd::Pid,
 };
 use std::{
+    cell::Cell,
     ffi::{OsStr, OsString},
     fs::File,
     io::Write,
@@ -15,6 +16,21 @@ use std::{
     process::{Child, Command, ExitStatus, Output, Stdio},
     time::Duration,
 };
+
+thread_local! {
+    /// A deadline has passed on this thread: the test is about to fail with an error instead of a panic.
+    static FAILED: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Makes processes dropped from now on by this thread show the end of their logs.
+pub(crate) fn print_logs_on_drop() {
+    FAILED.set(true);
+}
+
+/// Takes [`print_logs_on_drop`] back: a new cluster begins.
+pub(crate) fn forget_failures() {
+    FAILED.set(false);
+}
 
 /// Finds a binary of the workspace beside the running one (`target/PROFILE/NAME`).
 pub fn binary(name: &str) -> Result<PathBuf> {
@@ -191,7 +207,7 @@ impl Drop for Proc {
     fn drop(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
-        if std::thread::panicking() && !self.quiet {
+        if (std::thread::panicking() || FAILED.get()) && !self.quiet {
             eprintln!("--- {} (end of its log)\n{}", self.name, tail(&self.log(), 60));
         }
     }

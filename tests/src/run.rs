@@ -48,6 +48,7 @@ impl Run {
             anyhow::bail!("the harness makes network namespaces and loads BPF programs: run it as root");
         }
         std::fs::create_dir_all(BASE).with_context(|| format!("create {BASE}"))?;
+        crate::proc::forget_failures();
         sweep()?;
         handle_signals();
 

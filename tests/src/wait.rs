@@ -15,6 +15,7 @@ pub fn until<T>(what: &str, deadline: Duration, mut probe: impl FnMut() -> Resul
             Err(error) => Some(error),
         };
         if started.elapsed() >= deadline {
+            crate::proc::print_logs_on_drop();
             match last {
                 Some(error) => return Err(error.context(format!("waited {deadline:?} for {what}"))),
                 None => bail!("waited {deadline:?} for {what}"),
