@@ -176,9 +176,9 @@ impl RunArgs {
                 "--plaintext-xds-addr {addr}: it has no TLS and no tokens; use a loopback address"
             ));
         }
-        let (least, most) = (Duration::from_mins(1), Duration::from_hours(24 * 90));
+        let (least, most) = (Duration::from_secs(10), Duration::from_hours(24 * 90));
         if !(least..=most).contains(&self.workload_cert_ttl) {
-            wrong.push("--workload-cert-ttl: use one minute to 90 days".to_owned());
+            wrong.push("--workload-cert-ttl: use ten seconds to 90 days".to_owned());
         }
         let dns_names: Vec<String> = match self.dns_names.as_slice() {
             [] => DEFAULT_NAMES.map(str::to_owned).to_vec(),

@@ -20,7 +20,7 @@ pub(crate) fn backend(
     frontend: &value::Frontend,
 ) -> Result<Endpoint, u8> {
     if frontend.affinity_ns == 0 {
-        return pick(service, frontend);
+        return pick(cookie, service, frontend, false);
     }
     let client = key::Affinity::new(cookie, *service);
     let now = ctx::now();
@@ -32,7 +32,7 @@ pub(crate) fn backend(
         count(counter::AFFINITY_HIT);
         return Ok(entry.backend);
     }
-    let backend = pick(service, frontend)?;
+    let backend = pick(cookie, service, frontend, true)?;
     remember(&client, now, backend);
     count(counter::AFFINITY_MISS);
     Ok(backend)
@@ -52,10 +52,16 @@ fn remember(client: &key::Affinity, now: u64, backend: Endpoint) {
     }
 }
 
-/// The random choice. A set that vanishes between the two look-ups was replaced: the frontend names the new one.
+/// The choice by weight, random or (with affinity) fixed for the client. A set that vanishes between the two look-ups was replaced: the frontend names the new one.
 #[inline(always)]
-fn pick(service: &key::Frontend, frontend: &value::Frontend) -> Result<Endpoint, u8> {
-    if let Some(backend) = draw(frontend.set, frontend.count) {
+fn pick(
+    cookie: u64,
+    service: &key::Frontend,
+    frontend: &value::Frontend,
+    sticky: bool,
+) -> Result<Endpoint, u8> {
+    let draws = |set| if sticky { decide::sticky_draws(cookie, set) } else { (ctx::random(), ctx::random()) };
+    if let Some(backend) = draw(frontend.set, frontend.count, draws(frontend.set)) {
         return Ok(backend);
     }
     count(counter::BACKEND_RETRY);
@@ -64,17 +70,17 @@ fn pick(service: &key::Frontend, frontend: &value::Frontend) -> Result<Endpoint,
             Err(deny::NO_ENDPOINTS)
         }
         Some(frontend) if frontend.verdict == verdict::DIRECT => {
-            draw(frontend.set, frontend.count).ok_or(deny::BACKEND_GONE)
+            draw(frontend.set, frontend.count, draws(frontend.set)).ok_or(deny::BACKEND_GONE)
         }
         _ => Err(deny::BACKEND_GONE),
     }
 }
 
 #[inline(always)]
-fn draw(set: u64, count: u32) -> Option<Endpoint> {
-    let cell = decide::cell(ctx::random(), count);
+fn draw(set: u64, count: u32, draws: (u32, u32)) -> Option<Endpoint> {
+    let cell = decide::cell(draws.0, count);
     let backend = find!(BACKENDS, key::Backend::new(set, cell))?;
-    let slot = decide::slot(ctx::random(), cell, backend);
+    let slot = decide::slot(draws.1, cell, backend);
     if slot == cell {
         return Some(backend.endpoint);
     }
