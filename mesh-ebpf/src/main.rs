@@ -15,6 +15,8 @@
 #![cfg_attr(target_arch = "bpf", feature(asm_experimental_arch))]
 // The context structures, the helpers and the map references are raw pointers of the kernel's.
 #![allow(unsafe_code)]
+// Contexts are pointers and are taken as aya hands them over; keys stay borrowed on the small BPF stack.
+#![allow(clippy::needless_pass_by_value, clippy::needless_borrows_for_generic_args)]
 
 #[cfg(target_arch = "bpf")]
 mod balance;

@@ -103,8 +103,10 @@ pub(crate) fn copy<V: Copy>(found: Option<*const V>) -> Option<V> {
 #[macro_export]
 macro_rules! find {
     ($map:expr, $key:expr) => {
-        // SAFETY: the map is not preallocated: the value's memory is not reused before the program ends (RCU).
-        unsafe { $map.get($key) }
+        match (&$map, $key) {
+            // SAFETY: the map is not preallocated: the value's memory is not reused before the program ends (RCU).
+            (map, key) => unsafe { map.get(key) },
+        }
     };
 }
 

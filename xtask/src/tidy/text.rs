@@ -33,7 +33,7 @@ pub(super) fn check(sources: &[Source]) -> Vec<String> {
     for source in sources {
         let path = &source.path;
         let lines = Source::without_tests(&source.text).lines().count();
-        if lines > MAX_LINES && !path.ends_with("/tests.rs") {
+        if lines > MAX_LINES && !is_test(path) {
             findings.push(format!("{path}: {lines} lines without tests; split it (at most {MAX_LINES})"));
         }
         if !path.ends_with("/tests.rs") && !has_head(&source.text) {
@@ -46,6 +46,11 @@ pub(super) fn check(sources: &[Source]) -> Vec<String> {
         }
     }
     findings
+}
+
+/// Whether a file consists of tests only.
+fn is_test(path: &str) -> bool {
+    path.ends_with("/tests.rs") || path.contains("/tests/")
 }
 
 /// Whether the first thing in a file, but for inner attributes, is its documentation.

@@ -143,10 +143,10 @@ fn print_logs(cluster: &Cluster) {
 }
 
 fn print_commands(cluster: &Cluster) -> Result<()> {
-    let me = std::env::current_exe()?;
-    let me = me.strip_prefix(std::env::current_dir()?).unwrap_or(&me).display().to_string();
-    let app = binary("pod-app")?;
-    let app = app.strip_prefix(std::env::current_dir()?).unwrap_or(&app).display().to_string();
+    let here = std::env::current_dir()?;
+    let shown = |path: &Path| path.strip_prefix(&here).unwrap_or(path).display().to_string();
+    let (me, app) = (shown(&std::env::current_exe()?), shown(&binary("pod-app")?));
+    let node_bin = shown(&binary("mesh-node")?);
     let control = cluster.control.as_ref().context("control")?;
     let node = cluster.node("node-b")?;
     println!(
@@ -158,10 +158,11 @@ fn print_commands(cluster: &Cluster) -> Result<()> {
          {me} exec shop/guest-0 {app} dial --to 10.96.0.13:80 --send hello\n\n\
          # metrics, state and log of a node\n\
          {me} exec node-b curl -s localhost:15020/metrics\n\
-         {me} exec node-b curl -s localhost:15000/dump\n\
+         {node_bin} status --run-dir {run_dir}\n\
          tail -f {log}\n\n\
          # the configuration; changes take effect at once\n\
          $EDITOR {config}/30-policy.yaml\n",
+        run_dir = node.dir.display(),
         log = node.dir.join("mesh-node.log").display(),
         config = control.config_dir.display(),
     );
