@@ -52,7 +52,8 @@ fn remember(client: &key::Affinity, now: u64, backend: Endpoint) {
     }
 }
 
-/// The choice by weight, random or (with affinity) fixed for the client. A set that vanishes between the two look-ups was replaced: the frontend names the new one.
+/// The choice by weight, random or (with affinity) fixed for the client. A set that vanishes between the two look-ups
+/// was replaced: the frontend names the new one.
 #[inline(always)]
 fn pick(
     cookie: u64,

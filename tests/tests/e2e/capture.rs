@@ -484,12 +484,18 @@ fn session_affinity_holds_until_its_timeout_or_its_backend_ends() -> Result<()> 
     assert_right("moved", &report, 500);
     assert!(!report.by_backend.contains_key(&stuck), "{report:?}");
 
-    // With a timeout that is over at once both are used again.
+    // With a timeout that is over at once every connect decides anew; a client's choice is the same each time, since
+    // it follows from the client and the set of backends.
     lab.intent.frontends[0].backends =
         backends.iter().map(|addr| Backend { addr: *addr, weight: 1 }).collect();
     lab.intent.frontends[0].affinity = Some(Duration::from_nanos(1));
     lab.apply()?;
-    assert_eq!(once(500)?.by_backend.len(), 2);
+    let (hits, misses) = (lab.counter(Counter::AffinityHit)?, lab.counter(Counter::AffinityMiss)?);
+    let report = once(500)?;
+    assert_right("expired", &report, 500);
+    assert_eq!(report.by_backend.len(), 1, "{report:?}");
+    assert_eq!(lab.counter(Counter::AffinityMiss)? - misses, 500);
+    assert_eq!(lab.counter(Counter::AffinityHit)?, hits);
     lab.end()
 }
 
