@@ -9,7 +9,7 @@ use super::{
     counters::{self, DirectStat},
     error::BpfError,
     events::DenyEvents,
-    intent::Intent,
+    intent::{CapturedPod, Intent},
     lower::lower,
     ops::{MapOps, Table},
     pins::Pins,
@@ -328,6 +328,38 @@ impl Datapath {
     pub fn set_log_level(&mut self, level: u32) -> Result<(), BpfError> {
         self.config.log_level = level;
         write_config(&self.config_map, &self.config)
+    }
+
+    /// Ends the outbound capture, and the inbound one of pods without a strict port. The others stay captured with
+    /// nobody to steer to, so that their strict ports refuse: what nobody can check any more must not get in. The pins
+    /// stay for that, until the next load takes their place or [`unload`](Self::unload) removes them. Without a strict
+    /// pod this is an `unload`.
+    pub fn retire(&mut self, intent: &Intent) -> Result<(), BpfError> {
+        let is_strict = |pod: &&CapturedPod| pod.strict || pod.port_strict.values().any(|strict| *strict);
+        let strict: Vec<CapturedPod> = intent.pods.iter().filter(is_strict).cloned().collect();
+        if strict.is_empty() {
+            return self.unload();
+        }
+        let keep: BTreeSet<u64> = strict.iter().map(|pod| pod.cookie).collect();
+        let gone: Vec<u64> =
+            self.inbound_links.keys().filter(|cookie| !keep.contains(cookie)).copied().collect();
+        for cookie in gone {
+            self.detach_inbound(cookie)?;
+        }
+        let (mut state, _) = lower(&Intent { pods: strict, ..Intent::default() });
+        state.pods.clear();
+        self.reconciler.apply(&state)?;
+        Ok(())
+    }
+
+    /// How many rows each mirrored map has, read from the kernel, and how many it may have.
+    pub fn tables(&mut self) -> Result<Vec<(Table, usize, usize)>, BpfError> {
+        let maps = self.reconciler.maps_mut();
+        let read = |table: Table| {
+            let rows = maps.rows(table).map_err(row_error(table.name()))?;
+            Ok((table, rows.len(), table.capacity()))
+        };
+        Table::ALL.into_iter().map(read).collect()
     }
 
     /// Ends the capture: detaches everything and removes the pins.

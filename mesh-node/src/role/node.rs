@@ -4,7 +4,7 @@ use super::{
     direct::DirectMetrics,
     listeners::Handlers,
     mesh::NodeMesh,
-    reconcile::{InStep, QUEUE, Reconcile},
+    reconcile::{Command, InStep, QUEUE, Reconcile},
     view::{LogFilter, View},
     workers::Workers,
     xds,
@@ -22,9 +22,9 @@ use crate::{
     metrics::{Direction, Metrics, Sample},
     net::{self, NetNs},
     outbound::{Affinity, Outbound},
-    outcome::chain,
     plan::NodeView,
     state::Store,
+    tls::ControlPlane,
 };
 use anyhow::Context;
 use arc_swap::ArcSwap;
@@ -33,7 +33,7 @@ use std::{
     net::{IpAddr, Ipv4Addr},
     path::Path,
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc, Mutex,
         atomic::{AtomicBool, Ordering},
         mpsc,
     },
@@ -80,8 +80,13 @@ async fn serve(config: Config, log: LogFilter) -> anyhow::Result<()> {
         tokio::spawn(events.run(move |event| denied(&locals, &metrics, &event)));
     }
 
+    let plane = ControlPlane::new(
+        &config.args.xds_address,
+        &config.xds_server_name,
+        config.args.xds_root_ca.clone(),
+    )?;
     let token = TokenFile(config.args.token_file.clone());
-    let ca = IstioCa::new(xds::channel(&config)?, Some(token.clone()), &config.args.cluster_id)?;
+    let ca = IstioCa::new(plane.channel(), Some(token.clone()), &config.args.cluster_id)?;
     let options = CertOptions { ttl: config.cert_ttl, ..CertOptions::default() };
     let certs = Arc::new(CertManager::new(Arc::new(ca), options));
 
@@ -125,6 +130,7 @@ async fn serve(config: Config, log: LogFilter) -> anyhow::Result<()> {
     let reconciler =
         std::thread::Builder::new().name("reconcile".into()).spawn(move || reconcile.run(&queue))?;
 
+    let retire = commands.clone();
     let synced = Arc::new(AtomicBool::new(false));
     let mesh = Arc::new(NodeMesh {
         store: store.clone(),
@@ -138,7 +144,7 @@ async fn serve(config: Config, log: LogFilter) -> anyhow::Result<()> {
 
     let rejected = xds::Rejected::default();
     let handler = xds::IntoStore { commands, rejected: rejected.clone(), metrics: metrics.clone() };
-    let transport = xds::ControlPlane { config: config.clone(), token };
+    let transport = xds::Secured { plane, token };
     let (client, _demand, ads) = AdsClient::new(xds::ads_config(&config, node_ip()), transport, handler);
     let client = tokio::spawn(client.run(stop.clone().cancelled_owned()));
 
@@ -182,10 +188,16 @@ async fn serve(config: Config, log: LogFilter) -> anyhow::Result<()> {
     drain.begin.cancel();
     stop.cancel();
     let _ = tokio::join!(client, cni, following);
-    wind_down(&config, &handlers, &drain, &datapath).await;
+    let (done, retired) = tokio::sync::oneshot::channel();
+    let sent = tokio::task::spawn_blocking(move || retire.send(Command::Retire(done)).is_ok()).await;
+    if sent.unwrap_or(false) {
+        // An error means that the thread is gone already.
+        let _ = retired.await;
+    }
+    wind_down(&config, &handlers, &drain).await;
     drop((view, enroller, mesh));
-    // The reconcile thread ends when the last sender of commands is gone; it holds nothing that must be waited for.
-    drop(reconciler);
+    // A thread that panicked has said so already.
+    let _ = tokio::task::spawn_blocking(move || reconciler.join()).await;
     tracing::info!("stopped");
     Ok(())
 }
@@ -201,11 +213,8 @@ fn load(config: &Config) -> anyhow::Result<Datapath> {
     Datapath::load(&options).context("cannot load the BPF programs; `mesh-node check` tells what is missing")
 }
 
-/// Stops the capture, so that new connections go where they went without the mesh, then lets the open ones end.
-async fn wind_down(config: &Config, handlers: &Handlers, drain: &Drain, datapath: &Mutex<Datapath>) {
-    if let Err(error) = datapath.lock().unwrap_or_else(PoisonError::into_inner).unload() {
-        tracing::error!(error = %chain(&error), "the BPF programs could not be detached");
-    }
+/// Lets the open connections end, up to the deadline.
+async fn wind_down(config: &Config, handlers: &Handlers, drain: &Drain) {
     handlers.pools.iter().for_each(Pool::drain);
     let idle = async {
         while handlers.workers.active().iter().sum::<usize>() > 0 {

@@ -6,7 +6,7 @@
 
 use super::listeners::{Handlers, Kind};
 use crate::{
-    bpf::{BpfError, CapturedPod, Datapath, Intent},
+    bpf::{BpfError, CapturedPod, Datapath, Intent, ops::Table},
     enroll::{CaptureError, LocalPod as NewPod},
     identity::CertManager,
     local::{LocalPod, Locals, SharedLocals},
@@ -46,6 +46,8 @@ pub enum Command {
     Capture(Box<NewPod>, oneshot::Sender<Result<(), CaptureError>>),
     /// A pod to let go, by its netns cookie.
     Release(u64, oneshot::Sender<()>),
+    /// The daemon ends: nothing is captured any more, strict ports stay shut. The last command.
+    Retire(oneshot::Sender<()>),
 }
 
 /// How kernel and world compare; read by readiness and status.
@@ -55,6 +57,8 @@ pub struct InStep {
     pub generation: u64,
     /// Why the kernel refused the latest state; empty when it did not.
     pub error: String,
+    /// Rows of each map, in the order of [`Table::ALL`], after the last run that succeeded.
+    pub rows: [usize; Table::ALL.len()],
 }
 
 /// What the thread works on.
@@ -93,7 +97,7 @@ struct Captured {
 }
 
 impl Reconcile {
-    /// Runs until all senders are gone.
+    /// Runs until [`Command::Retire`], or until all senders are gone.
     pub fn run(self, commands: &mpsc::Receiver<Command>) {
         let mut captured = BTreeMap::new();
         let mut dirty = false;
@@ -104,8 +108,16 @@ impl Reconcile {
             let wait = if dirty { RETRY } else { LISTENERS };
             match commands.recv_timeout(wait) {
                 Ok(first) => {
-                    let waiting = std::iter::once(first).chain(commands.try_iter().take(QUEUE)).collect();
+                    let mut waiting: Vec<_> =
+                        std::iter::once(first).chain(commands.try_iter().take(QUEUE)).collect();
+                    let retire = waiting.iter().position(|c| matches!(c, Command::Retire(_)));
+                    let retire = retire.map(|at| waiting.swap_remove(at));
                     dirty = !self.handle(waiting, &mut captured) || dirty;
+                    if let Some(Command::Retire(done)) = retire {
+                        self.retire(&captured);
+                        let _ = done.send(());
+                        break;
+                    }
                 }
                 Err(mpsc::RecvTimeoutError::Timeout) => {}
                 Err(mpsc::RecvTimeoutError::Disconnected) => break,
@@ -158,7 +170,8 @@ impl Reconcile {
                     good &= self.release(cookie, captured);
                     let _ = done.send(());
                 }
-                Command::Batch(..) => {}
+                // Taken above, and by `run`.
+                Command::Batch(..) | Command::Retire(_) => {}
             }
         }
         good
@@ -184,25 +197,28 @@ impl Reconcile {
         let intent = self.intent(world, captured);
         let result = self.datapath().apply(&intent);
         let took = started.elapsed();
-        let (outcome, operations, error) = match result {
+        match result {
             Ok(report) => {
                 for issue in &report.issues {
                     tracing::warn!(%issue, "the kernel cannot do a part of the configuration");
                 }
-                ("ok", (report.written + report.removed) as u64, String::new())
+                let operations = (report.written + report.removed) as u64;
+                self.metrics.reconciled("ok", operations, took);
+                tracing::debug!(generation = world.generation(), operations, ?took, "the kernel is in step");
+                let state =
+                    InStep { generation: world.generation(), error: String::new(), rows: report.rows };
+                self.in_step.store(Arc::new(state));
+                true
             }
-            Err(error) => ("error", 0, chain(&error)),
-        };
-        self.metrics.reconciled(outcome, operations, took);
-        if !error.is_empty() {
-            tracing::error!(%error, "the kernel did not take the configuration; trying again");
-            let generation = self.in_step.load().generation;
-            self.in_step.store(Arc::new(InStep { generation, error }));
-            return false;
+            Err(error) => {
+                let error = chain(&error);
+                self.metrics.reconciled("error", 0, took);
+                tracing::error!(%error, "the kernel did not take the configuration; trying again");
+                let before = InStep::clone(&self.in_step.load());
+                self.in_step.store(Arc::new(InStep { error, ..before }));
+                false
+            }
         }
-        tracing::debug!(generation = world.generation(), operations, ?took, "the kernel is in step");
-        self.in_step.store(Arc::new(InStep { generation: world.generation(), error }));
-        true
     }
 
     fn intent(&self, world: &World, captured: &BTreeMap<u64, Captured>) -> Intent {
@@ -305,6 +321,13 @@ impl Reconcile {
         self.undo(&entry);
         tracing::info!(pod = %entry.pod.name, cookie, "released");
         good
+    }
+
+    fn retire(&self, captured: &BTreeMap<u64, Captured>) {
+        let intent = self.intent(&self.store.world(), captured);
+        if let Err(error) = self.datapath().retire(&intent) {
+            tracing::error!(error = %chain(&error), "the capture could not be ended; the next start takes it over");
+        }
     }
 
     fn undo(&self, entry: &Captured) {

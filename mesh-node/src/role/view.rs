@@ -73,6 +73,21 @@ impl View {
         }
     }
 
+    /// What the maps hold and should hold, by map: rows that the last run left, rows that are there, and the bound.
+    fn tables(&self) -> Vec<Value> {
+        let in_step = self.in_step.load();
+        match self.datapath().tables() {
+            Ok(tables) => tables
+                .into_iter()
+                .map(|(table, actual, capacity)| {
+                    let desired = in_step.rows[table.index()];
+                    json!({ "map": table.name(), "desired": desired, "actual": actual, "capacity": capacity })
+                })
+                .collect(),
+            Err(error) => vec![json!({ "error": chain(&error) })],
+        }
+    }
+
     /// Why the daemon is not ready, if it is not.
     pub fn not_ready(&self) -> Vec<String> {
         let mut why = vec![];
@@ -247,6 +262,7 @@ impl AdminState for View {
             })).collect::<Vec<_>>(),
             "bpf": {
                 "inStep": self.in_step.load().error.is_empty(),
+                "tables": self.tables(),
                 "counters": self.counters().iter().map(|c| json!({"outcome": c.name, "count": c.value}))
                     .collect::<Vec<_>>(),
             },

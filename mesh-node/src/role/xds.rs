@@ -1,78 +1,41 @@
-//! Configuration from the control plane: the secured channel, and xDS resources on their way into the store.
+//! Configuration from the control plane: xDS resources on their way into the store.
 
 use super::reconcile::Command;
-use crate::{config::Config, identity::TokenFile, metrics::Metrics, outcome::chain, state::Batch};
+use crate::{
+    config::Config, identity::TokenFile, metrics::Metrics, outcome::chain, state::Batch, tls::ControlPlane,
+};
 use arc_swap::ArcSwap;
 use mesh_xds::{
     convert::{ADDRESS_TYPE, AUTHORIZATION_TYPE, Address, Note, decode_address, decode_authorization},
     delta::{Changes, Received, Rejection, Subscription},
-    grpc::{AdsConfig, Handler, Transport, TransportError, tune},
+    grpc::{AdsConfig, Handler, Transport, TransportError},
     model::Locality,
     node::{NodeId, NodeInfo},
 };
 use std::{
     collections::BTreeMap,
     net::IpAddr,
-    path::PathBuf,
     sync::{Arc, mpsc::SyncSender},
-    time::Duration,
 };
 use tokio::sync::oneshot;
-use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint};
+use tonic::transport::Channel;
 
 /// Resources that are refused now, by name, with the reason.
 pub type Rejected = Arc<ArcSwap<BTreeMap<String, String>>>;
 
-/// Why there is no channel to the control plane.
-#[derive(Debug, thiserror::Error)]
-pub enum ChannelError {
-    /// The roots cannot be read.
-    #[error("cannot read the control plane's roots from {path:?} (--xds-root-ca)")]
-    Roots {
-        /// The file.
-        path: PathBuf,
-        /// The system's error.
-        #[source]
-        source: std::io::Error,
-    },
-    /// The address or the roots make no sense.
-    #[error("cannot make a channel to the control plane at {address} (--xds-address)")]
-    Endpoint {
-        /// The address.
-        address: String,
-        /// Why.
-        #[source]
-        source: tonic::transport::Error,
-    },
-}
-
-/// A TLS channel to the control plane that connects when it is first used.
-pub fn channel(config: &Config) -> Result<Channel, ChannelError> {
-    let path = &config.args.xds_root_ca;
-    let roots = std::fs::read(path).map_err(|source| ChannelError::Roots { path: path.clone(), source })?;
-    let address = config.args.xds_address.clone();
-    let wrong = |source| ChannelError::Endpoint { address: address.clone(), source };
-    let tls = ClientTlsConfig::new()
-        .ca_certificate(Certificate::from_pem(roots))
-        .domain_name(config.xds_server_name.clone());
-    let endpoint = Endpoint::from_shared(format!("https://{address}")).map_err(wrong)?;
-    let endpoint = tune(endpoint).connect_timeout(Duration::from_secs(10)).tls_config(tls).map_err(wrong)?;
-    Ok(endpoint.connect_lazy())
-}
-
-/// Opens a channel of its own for each stream, so that rotated roots are read again.
-pub struct ControlPlane {
-    /// Where and with what.
-    pub config: Config,
+/// A TLS connection of its own and a fresh token for each stream.
+pub struct Secured {
+    /// Where and with what roots.
+    pub plane: ControlPlane,
     /// This node's token.
     pub token: TokenFile,
 }
 
-impl Transport for ControlPlane {
+impl Transport for Secured {
     type Service = Channel;
 
     async fn connect(&mut self) -> Result<Channel, TransportError> {
-        Ok(channel(&self.config)?)
+        Ok(self.plane.connect().await?)
     }
 
     async fn token(&mut self) -> Result<Option<String>, TransportError> {

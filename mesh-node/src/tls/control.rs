@@ -5,22 +5,16 @@
 
 use super::{ALPN_H2, provider};
 use hyper_util::rt::TokioIo;
+use mesh_xds::grpc::tune;
 use rustls::{
     ClientConfig, RootCertStore,
     pki_types::{CertificateDer, ServerName, pem::PemObject},
     version::TLS13,
 };
-use std::{io, path::PathBuf, sync::Arc, time::Duration};
+use std::{io, path::PathBuf, sync::Arc};
 use tokio::net::TcpStream;
 use tokio_rustls::{TlsConnector, client::TlsStream};
 use tonic::transport::{Channel, Endpoint, Uri};
-
-/// For TCP and TLS together.
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
-/// How often HTTP/2 asks whether the control plane is still there.
-const KEEP_ALIVE: Duration = Duration::from_secs(30);
-/// How long the answer may take.
-const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Why there is no connection to the control plane.
 #[derive(Debug, thiserror::Error)]
@@ -89,11 +83,7 @@ impl ControlPlane {
         let name = server_name.trim_start_matches('[').trim_end_matches(']');
         let server_name = ServerName::try_from(name.to_owned())
             .map_err(|_| ControlError::ServerName(server_name.to_owned()))?;
-        let endpoint = Endpoint::from(uri)
-            .connect_timeout(CONNECT_TIMEOUT)
-            .http2_keep_alive_interval(KEEP_ALIVE)
-            .keep_alive_timeout(KEEP_ALIVE_TIMEOUT)
-            .keep_alive_while_idle(true);
+        let endpoint = tune(Endpoint::from(uri));
         Ok(Self { target: Arc::new(Target { address: address.to_owned(), server_name, roots }), endpoint })
     }
 

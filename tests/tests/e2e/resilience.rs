@@ -2,7 +2,7 @@
 
 use crate::support::{PROPAGATION, assert_right, bare, mesh, quickstart, vip};
 use anyhow::{Context, Result};
-use mesh_tests::{app::ports, daemons::NodeOptions, wait};
+use mesh_tests::{app::ports, cluster::Cluster, daemons::NodeOptions, wait};
 
 #[test]
 fn traffic_goes_on_without_the_control_plane_and_changes_arrive_after_it_is_back() -> Result<()> {
@@ -51,6 +51,33 @@ fn a_restarted_daemon_takes_its_pods_over() -> Result<()> {
             assert_right(&format!("{service} after {signal}"), &report, 500);
         }
     }
+    Ok(())
+}
+
+#[test]
+fn a_stopped_daemon_leaves_strict_pods_shut_and_the_others_open() -> Result<()> {
+    let mut cluster = mesh()?;
+    let [strict, permissive] = ["shop/pay-0", "shop/cart-1"].map(|pod| cluster.pod(pod).map(|p| p.spec.v4));
+    let (strict, permissive) = (strict?, permissive?);
+    let outsider = "shop/batch-0";
+    let answers = |cluster: &Cluster, from: &str, to| -> Result<bool> {
+        let to = format!("--to {to}:{} --send x --shutdown --timeout 2", ports::ECHO);
+        Ok(!cluster.pod(from)?.dial(&to)?.received.is_empty())
+    };
+    assert!(!answers(&cluster, outsider, strict)?, "pay is STRICT");
+    assert!(answers(&cluster, outsider, permissive)?, "cart is PERMISSIVE");
+    cluster.node_mut("node-b")?.daemon.as_mut().context("daemon")?.proc.stop(PROPAGATION * 2)?;
+    assert!(!answers(&cluster, outsider, strict)?, "nobody is there to check, so nobody gets in");
+    assert!(answers(&cluster, outsider, permissive)?);
+    // The pods of the node itself go where they went without the mesh.
+    assert!(answers(&cluster, "shop/pay-0", permissive)?);
+    cluster.node_mut("node-b")?.daemon = None;
+    cluster.start_node("node-b", &NodeOptions::default())?;
+    let client = cluster.pod("shop/web-0")?;
+    wait::until_true("pay to be back", PROPAGATION, || {
+        Ok(client.connects(&format!("--to {}:80 --n 1 --timeout 2", vip::PAY))?.all_right(1))
+    })?;
+    assert!(!answers(&cluster, outsider, strict)?);
     Ok(())
 }
 
