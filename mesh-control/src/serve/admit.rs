@@ -23,15 +23,20 @@ impl TokenAdmit {
     }
 }
 
+impl TokenAdmit {
+    async fn caller(&self, metadata: &MetadataMap) -> Result<Caller, Status> {
+        let token = bearer(metadata.as_ref()).map_err(|e| Status::unauthenticated(e.to_string()))?;
+        self.authenticator.authenticate(token).await.map_err(|e| Status::unauthenticated(e.to_string()))
+    }
+}
+
 impl Admit for TokenAdmit {
+    async fn authenticate(&self, metadata: &MetadataMap) -> Result<(), Status> {
+        self.caller(metadata).await.map(drop)
+    }
+
     async fn admit(&self, metadata: &MetadataMap, node: &Node) -> Result<Admission, Status> {
-        let headers = metadata.as_ref();
-        let token = bearer(headers).map_err(|e| Status::unauthenticated(e.to_string()))?;
-        let caller = self
-            .authenticator
-            .authenticate(token)
-            .await
-            .map_err(|e| Status::unauthenticated(e.to_string()))?;
+        let caller = self.caller(metadata).await?;
         let claims = claims(node);
         let label = match caller {
             Caller::Node { name } => {

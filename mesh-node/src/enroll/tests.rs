@@ -56,7 +56,7 @@ async fn until(what: &str, probe: impl Fn() -> bool) {
 
 #[tokio::test]
 async fn a_pod_gets_its_listeners_and_adding_it_again_changes_nothing() {
-    let Some(ns) = testing::with_addresses(&["10.77.0.1/24", "fd77::1/64"]) else { return };
+    let ns = testing::with_addresses(&["10.77.0.1/24", "fd77::1/64"]);
     let (mesh, enroller) = enroller();
     mesh.enrol("shop/cart");
     for _ in 0..2 {
@@ -85,7 +85,7 @@ async fn a_pod_gets_its_listeners_and_adding_it_again_changes_nothing() {
 
 #[tokio::test]
 async fn only_the_given_addresses_are_used() {
-    let Some(ns) = testing::with_addresses(&["10.77.0.1/24", "10.77.0.2/24"]) else { return };
+    let ns = testing::with_addresses(&["10.77.0.1/24", "10.77.0.2/24"]);
     let (mesh, enroller) = enroller();
     mesh.enrol("shop/cart");
     let info = PodInfo { addrs: vec!["10.77.0.2".parse().unwrap()], ..cart() };
@@ -95,7 +95,7 @@ async fn only_the_given_addresses_are_used() {
 
 #[tokio::test]
 async fn the_decision_is_waited_for_until_the_deadline() {
-    let Some(ns) = testing::with_addresses(&["10.77.0.1/24"]) else { return };
+    let ns = testing::with_addresses(&["10.77.0.1/24"]);
     let (mesh, enroller) = enroller();
     let e = enroller.add(cart(), same(&ns), Duration::from_millis(30)).await.unwrap_err();
     assert!(matches!(e, EnrollError::Undecided { .. }), "{e}");
@@ -116,7 +116,7 @@ async fn the_decision_is_waited_for_until_the_deadline() {
 
 #[tokio::test]
 async fn a_removal_ends_the_wait() {
-    let Some(ns) = testing::with_addresses(&["10.77.0.1/24"]) else { return };
+    let ns = testing::with_addresses(&["10.77.0.1/24"]);
     let (mesh, enroller) = enroller();
     let adding = tokio::spawn({
         let (enroller, ns) = (Arc::clone(&enroller), same(&ns));
@@ -134,7 +134,7 @@ async fn a_removal_ends_the_wait() {
 
 #[tokio::test]
 async fn membership_may_change_at_any_time() {
-    let Some(ns) = testing::with_addresses(&["10.77.0.1/24"]) else { return };
+    let ns = testing::with_addresses(&["10.77.0.1/24"]);
     let (mesh, enroller) = enroller();
     mesh.say("shop/cart", Membership::Leave(LeaveReason::NotInMesh));
     let added = enroller.add(cart(), same(&ns), LONG).await.unwrap();
@@ -162,7 +162,7 @@ async fn membership_may_change_at_any_time() {
 
 #[tokio::test]
 async fn a_busy_port_is_named_with_the_pod_and_nothing_is_left() {
-    let Some(ns) = testing::with_addresses(&["10.77.0.1/24"]) else { return };
+    let ns = testing::with_addresses(&["10.77.0.1/24"]);
     let (mesh, enroller) = enroller();
     mesh.enrol("shop/cart");
     let sidecar = ns.listen("10.77.0.1:15006".parse().unwrap()).unwrap();
@@ -179,7 +179,7 @@ async fn a_busy_port_is_named_with_the_pod_and_nothing_is_left() {
 
 #[tokio::test]
 async fn failing_and_hanging_captures() {
-    let Some(ns) = testing::with_addresses(&["10.77.0.1/24"]) else { return };
+    let ns = testing::with_addresses(&["10.77.0.1/24"]);
     let (mesh, enroller) =
         testing_mesh::enroller(Limits { capture: Duration::from_millis(50), ..Limits::default() });
     mesh.enrol("shop/cart");
@@ -200,8 +200,8 @@ async fn failing_and_hanging_captures() {
 
 #[tokio::test]
 async fn a_new_sandbox_replaces_the_old_one_and_a_late_del_does_not_hurt_it() {
-    let Some(old) = testing::with_addresses(&["10.77.0.1/24"]) else { return };
-    let Some(new) = testing::with_addresses(&["10.77.0.1/24"]) else { return };
+    let old = testing::with_addresses(&["10.77.0.1/24"]);
+    let new = testing::with_addresses(&["10.77.0.1/24"]);
     let (mesh, enroller) = enroller();
     mesh.enrol("shop/cart");
     enroller.add(cart(), same(&old), LONG).await.unwrap();
@@ -218,7 +218,7 @@ async fn what_cannot_be_enrolled() {
     mesh.enrol("shop/cart");
     let e = enroller.add(cart(), NetNs::current().unwrap(), LONG).await.unwrap_err();
     assert!(matches!(e, EnrollError::HostNetwork { .. }), "{e}");
-    let (Some(empty), Some(second)) = (testing::fresh(), testing::fresh()) else { return };
+    let (empty, second) = (testing::fresh(), testing::fresh());
     let e = enroller.add(cart(), same(&empty), LONG).await.unwrap_err();
     assert!(matches!(e, EnrollError::NoAddress { .. }), "{e}");
     let e = enroller.add(pod("two", "u2", "c2"), second, LONG).await.unwrap_err();
@@ -227,13 +227,11 @@ async fn what_cannot_be_enrolled() {
 
 #[tokio::test]
 async fn gc_releases_what_cni_has_added_and_nothing_else() {
-    let (Some(a), Some(b), Some(c)) = (
+    let (a, b, c) = (
         testing::with_addresses(&["10.77.0.1/24"]),
         testing::with_addresses(&["10.77.0.2/24"]),
         testing::with_addresses(&["10.77.0.3/24"]),
-    ) else {
-        return;
-    };
+    );
     let (mesh, enroller) = enroller();
     for name in ["a", "b", "scanned"] {
         mesh.enrol(&format!("shop/{name}"));
@@ -267,7 +265,7 @@ fn fake_proc(dir: &Path, ns: &NetNs, cgroup: &str) {
 
 #[tokio::test]
 async fn running_pods_are_found_named_by_address_and_given_up_when_they_vanish() {
-    let Some(ns) = testing::with_addresses(&["10.77.0.1/24"]) else { return };
+    let ns = testing::with_addresses(&["10.77.0.1/24"]);
     let proc_root = tempfile::tempdir().unwrap();
     fake_proc(proc_root.path(), &ns, "0::/kubepods/burstable/poduid-1/c");
     let config = ScanConfig { proc_root: proc_root.path().into(), ..ScanConfig::default() };
@@ -296,7 +294,7 @@ async fn running_pods_are_found_named_by_address_and_given_up_when_they_vanish()
 
 #[tokio::test]
 async fn a_daemon_that_sees_no_processes_releases_nothing() {
-    let Some(ns) = testing::with_addresses(&["10.77.0.1/24"]) else { return };
+    let ns = testing::with_addresses(&["10.77.0.1/24"]);
     let (mesh, enroller) = enroller();
     mesh.enrol("shop/cart");
     enroller.add(cart(), ns, LONG).await.unwrap();
@@ -312,7 +310,7 @@ async fn pods_do_not_wait_for_each_other_and_the_gauge_counts_them() {
     let (mesh, enroller) = enroller();
     let mut adding = Vec::new();
     for i in 1..=20 {
-        let Some(ns) = testing::with_addresses(&[&format!("10.77.0.{i}/24")]) else { return };
+        let ns = testing::with_addresses(&[&format!("10.77.0.{i}/24")]);
         let enroller = Arc::clone(&enroller);
         let info = pod(&format!("p{i}"), &format!("u{i}"), &format!("c{i}"));
         adding.push(tokio::spawn(async move { enroller.add(info, ns, LONG).await }));

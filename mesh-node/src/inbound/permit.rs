@@ -5,7 +5,7 @@
 
 use crate::{
     local::LocalPod,
-    policy::{ConnMeta, PolicySet, Verdict},
+    policy::{ConnMeta, DeniedBy, PolicySet, Verdict},
 };
 use mesh_xds::model::SpiffeId;
 use std::{net::SocketAddr, sync::Arc};
@@ -30,6 +30,8 @@ pub struct Permit {
 pub struct Denied {
     /// The policy's key, or words for "no ALLOW policy matched".
     pub by: String,
+    /// The connection came in plaintext, and that alone was the reason.
+    pub plaintext: bool,
 }
 
 impl Permit {
@@ -70,6 +72,8 @@ impl Permit {
 fn verdict(conn: &ConnMeta, set: &PolicySet) -> Result<(), Denied> {
     match set.check(conn) {
         Verdict::Allow { .. } => Ok(()),
-        Verdict::Deny { by } => Err(Denied { by: by.to_string() }),
+        Verdict::Deny { by } => {
+            Err(Denied { by: by.to_string(), plaintext: matches!(by, DeniedBy::Strict(_)) })
+        }
     }
 }

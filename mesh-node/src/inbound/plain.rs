@@ -58,8 +58,7 @@ impl Inbound {
         let permit = match Permit::check(&pod, None, client, to) {
             Ok(permit) => permit,
             Err(denied) => {
-                let reason =
-                    if denied.by.contains("converted") { "plaintext_under_strict" } else { "denied" };
+                let reason = if denied.plaintext { "plaintext_under_strict" } else { "denied" };
                 return refuse(&stream, "RBAC", reason, denied.to_string());
             }
         };

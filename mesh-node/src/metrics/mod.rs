@@ -19,7 +19,6 @@ use prometheus_client::{
     metrics::{
         counter::Counter,
         family::Family,
-        gauge::Gauge,
         histogram::{Histogram, exponential_buckets},
         info::Info,
     },
@@ -73,11 +72,6 @@ struct Outcome {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct Kind {
-    kind: &'static str,
-}
-
-#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct Resource {
     resource: &'static str,
     outcome: &'static str,
@@ -95,15 +89,7 @@ pub struct Metrics {
     reconciles: Family<Outcome, Counter>,
     reconcile_operations: Counter,
     reconcile_seconds: Histogram,
-    events_dropped: Family<Kind, Counter>,
     xds_resources: Family<Resource, Counter>,
-    certificate_requests: Family<Outcome, Counter>,
-    /// HBONE connections that the client pool holds (`nodemesh_pool_connections`).
-    pub pool_connections: Gauge,
-    /// Streams that are open on them (`nodemesh_pool_streams`).
-    pub pool_streams: Gauge,
-    /// HBONE connections that the pool has opened (`nodemesh_pool_connections_opened_total`).
-    pub pool_connections_opened: Counter,
 }
 
 impl fmt::Debug for Metrics {
@@ -139,12 +125,7 @@ impl Metrics {
             reconciles: Family::default(),
             reconcile_operations: Counter::default(),
             reconcile_seconds,
-            events_dropped: Family::default(),
             xds_resources: Family::default(),
-            certificate_requests: Family::default(),
-            pool_connections: Gauge::default(),
-            pool_streams: Gauge::default(),
-            pool_connections_opened: Counter::default(),
             registry: Mutex::default(),
         };
         let r = &mut registry;
@@ -156,18 +137,8 @@ impl Metrics {
         r.register("nodemesh_reconcile_operations", help, m.reconcile_operations.clone());
         let help = "Time that a run of the BPF reconciler took";
         r.register("nodemesh_reconcile_seconds", help, m.reconcile_seconds.clone());
-        let help = "Kernel events lost because the daemon was too slow";
-        r.register("nodemesh_events_dropped", help, m.events_dropped.clone());
         let help = "xDS resources received, by what became of them";
         r.register("nodemesh_xds_resources", help, m.xds_resources.clone());
-        let help = "Certificates asked for, by outcome";
-        r.register("nodemesh_certificate_requests", help, m.certificate_requests.clone());
-        let help = "HBONE connections in the client pool";
-        r.register("nodemesh_pool_connections", help, m.pool_connections.clone());
-        let help = "Streams open on the client pool's connections";
-        r.register("nodemesh_pool_streams", help, m.pool_streams.clone());
-        let help = "HBONE connections that the client pool has opened";
-        r.register("nodemesh_pool_connections_opened", help, m.pool_connections_opened.clone());
         Self { registry: Mutex::new(registry), ..m }
     }
 
@@ -216,20 +187,10 @@ impl Metrics {
         self.reconcile_seconds.observe(took.as_secs_f64());
     }
 
-    /// Counts `n` lost kernel events of a kind from a fixed set.
-    pub fn events_dropped(&self, kind: &'static str, n: u64) {
-        self.events_dropped.get_or_create(&Kind { kind }).inc_by(n);
-    }
-
     /// Counts `n` xDS resources of a kind (`address`, `authorization`) that were `accepted`, `rejected` or
     /// `removed`.
     pub fn xds_resources(&self, resource: &'static str, outcome: &'static str, n: u64) {
         self.xds_resources.get_or_create(&Resource { resource, outcome }).inc_by(n);
-    }
-
-    /// Counts a request for a certificate.
-    pub fn certificate_request(&self, outcome: &'static str) {
-        self.certificate_requests.get_or_create(&Outcome { outcome }).inc();
     }
 
     /// Registers counters that `sample` reads at each scrape. `name` goes without `_total`. `sample` must be
@@ -276,10 +237,7 @@ mod tests {
         m.refused(Direction::Inbound, "wrong_identity");
         m.enrolled("add", "captured", Duration::from_millis(3));
         m.reconciled("ok", 12, Duration::from_millis(1));
-        m.events_dropped("deny", 2);
         m.xds_resources("address", "rejected", 1);
-        m.certificate_request("ok");
-        m.pool_connections.inc();
         m.sample_counters("nodemesh_kernel_connects", "Connects seen in the kernel", || {
             vec![Sample::new([("outcome", "direct")], 41), Sample::new([("outcome", "a\"b")], 1)]
         });
@@ -294,10 +252,7 @@ mod tests {
             "nodemesh_enroll_seconds_count 1\n",
             "nodemesh_reconciles_total{outcome=\"ok\"} 1\n",
             "nodemesh_reconcile_operations_total 12\n",
-            "nodemesh_events_dropped_total{kind=\"deny\"} 2\n",
             "nodemesh_xds_resources_total{resource=\"address\",outcome=\"rejected\"} 1\n",
-            "nodemesh_certificate_requests_total{outcome=\"ok\"} 1\n",
-            "nodemesh_pool_connections 1\n",
             "# TYPE nodemesh_kernel_connects counter\n",
             "nodemesh_kernel_connects_total{outcome=\"direct\"} 41\n",
             "nodemesh_kernel_connects_total{outcome=\"a\\\"b\"} 1\n",

@@ -124,7 +124,7 @@ mod tests {
 
     #[test]
     fn listeners_of_the_namespace_and_only_those() {
-        let Some(ns) = testing::with_addresses(&["10.77.0.1/24", "fd77::1/64"]) else { return };
+        let ns = testing::with_addresses(&["10.77.0.1/24", "fd77::1/64"]);
         assert_eq!(ns.tcp_listeners().unwrap(), []);
         let mut expected: Vec<SocketAddr> =
             ["0.0.0.0:80", "10.77.0.1:15006", "[::]:80", "[fd77::1]:443"].map(|a| a.parse().unwrap()).into();
@@ -139,7 +139,7 @@ mod tests {
 
     #[test]
     fn many_listeners_come_in_several_answers() {
-        let Some(ns) = testing::fresh() else { return };
+        let ns = testing::fresh();
         let held: Vec<_> =
             (1..=1000).map(|p| ns.listen(SocketAddr::from(([127, 0, 0, 1], p))).unwrap()).collect();
         assert_eq!(ns.tcp_listeners().unwrap().len(), held.len());

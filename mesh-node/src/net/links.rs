@@ -46,9 +46,7 @@ mod tests {
 
     #[test]
     fn loopback_and_link_local_are_left_out() {
-        let Some(ns) = testing::with_addresses(&["10.77.0.1/24", "fd77::1/64", "169.254.3.1/16"]) else {
-            return;
-        };
+        let ns = testing::with_addresses(&["10.77.0.1/24", "fd77::1/64", "169.254.3.1/16"]);
         let expected: Vec<IpAddr> = vec!["10.77.0.1".parse().unwrap(), "fd77::1".parse().unwrap()];
         assert_eq!(ns.addresses().unwrap(), expected);
         testing::set_link(&ns, "eth0", false);

@@ -128,7 +128,7 @@ mod tests {
 
     #[tokio::test]
     async fn sockets_belong_to_the_namespace_whatever_thread_uses_them() {
-        let Some(ns) = testing::with_addresses(&["10.77.0.1/24", "10.77.0.2/24"]) else { return };
+        let ns = testing::with_addresses(&["10.77.0.1/24", "10.77.0.2/24"]);
         let listener = ns.listen(any("10.77.0.1")).unwrap();
         let to = listener.local_addr().unwrap();
         let listener = tokio::net::TcpListener::from_std(listener).unwrap();
@@ -167,7 +167,7 @@ mod tests {
 
     #[tokio::test]
     async fn errors_come_back() {
-        let Some(ns) = testing::with_addresses(&["10.77.0.1/24"]) else { return };
+        let ns = testing::with_addresses(&["10.77.0.1/24"]);
         let taken = ns.listen(any("10.77.0.1")).unwrap().local_addr().unwrap();
         let _holder = ns.listen(taken).unwrap();
         assert_eq!(ns.listen(taken).unwrap_err().kind(), io::ErrorKind::AddrInUse);
@@ -183,7 +183,7 @@ mod tests {
 
     #[test]
     fn both_families_share_a_port() {
-        let Some(ns) = testing::with_addresses(&["10.77.0.1/24", "fd77::1/64"]) else { return };
+        let ns = testing::with_addresses(&["10.77.0.1/24", "fd77::1/64"]);
         let v6 = ns.listen("[::]:15006".parse().unwrap()).unwrap();
         let v4 = ns.listen("0.0.0.0:15006".parse().unwrap()).unwrap();
         assert_eq!(v4.local_addr().unwrap().port(), v6.local_addr().unwrap().port());

@@ -1,4 +1,4 @@
-//! Network namespaces for tests. They need root; without it the tests that use them say so and pass.
+//! Network namespaces for tests. They need root; without it the tests that use them fail.
 //!
 //! Links and addresses are made by rtnetlink rather than by running `ip`: a child process holds copies of every
 //! socket of every other test until it has executed its program, and closed ports would not be closed.
@@ -20,23 +20,20 @@ const NLM_F_CREATE_EXCL: u16 = 0x600;
 const IFA_F_NODAD: u32 = 2;
 
 /// A new, empty network namespace that lives as long as the value; loopback is up.
-pub(crate) fn fresh() -> Option<NetNs> {
+pub(crate) fn fresh() -> NetNs {
     // On a thread of its own, which ends in the new namespace.
     let made = thread::spawn(|| {
-        unshare(CloneFlags::CLONE_NEWNET).ok()?;
-        Some(NetNs::current().unwrap())
+        unshare(CloneFlags::CLONE_NEWNET).expect("run the tests as root: they make network namespaces");
+        NetNs::current().unwrap()
     });
     let ns = made.join().unwrap();
-    match &ns {
-        Some(ns) => set_link(ns, "lo", true),
-        None => eprintln!("not tested: making a network namespace needs root"),
-    }
+    set_link(&ns, "lo", true);
     ns
 }
 
 /// A fresh namespace with `addrs` (with prefix lengths) on the link `eth0`, which is up.
-pub(crate) fn with_addresses(addrs: &[&str]) -> Option<NetNs> {
-    let ns = fresh()?;
+pub(crate) fn with_addresses(addrs: &[&str]) -> NetNs {
+    let ns = fresh();
     let peer = attribute(1, &[&link_header(0, 0)[..], &attribute(3, b"peer0\0")].concat());
     let kind = [attribute(1, b"veth\0"), attribute(2, &peer)].concat();
     let body = [link_header(0, 0).to_vec(), attribute(3, b"eth0\0"), attribute(18, &kind)].concat();
@@ -56,7 +53,7 @@ pub(crate) fn with_addresses(addrs: &[&str]) -> Option<NetNs> {
         body.extend(attribute(8, &IFA_F_NODAD.to_ne_bytes()));
         request(&ns, RTM_NEWADDR, NLM_F_CREATE_EXCL, &body);
     }
-    Some(ns)
+    ns
 }
 
 /// Takes a link up or down.

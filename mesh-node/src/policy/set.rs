@@ -1,7 +1,7 @@
 //! The policies of one workload, and the verdict on a connection.
 
 use super::matcher::{ConnMeta, Subject, Ternary, matches_on_port, ports_named};
-use mesh_xds::model::{Action, Authorization, Scope, Workload};
+use mesh_xds::model::{Action, Authorization, Scope, StringMatch, Workload};
 use std::{
     collections::{BTreeMap, BTreeSet},
     fmt,
@@ -38,6 +38,8 @@ impl Verdict {
 pub enum DeniedBy {
     /// A DENY policy, by its key `NAMESPACE/NAME`.
     Policy(Arc<str>),
+    /// A DENY policy that refuses whoever has no identity, as STRICT does; the client had none.
+    Strict(Arc<str>),
     /// There are ALLOW policies and none matched.
     NoAllowMatched,
     /// The workload names a policy that we do not have (yet): until we do, nobody passes.
@@ -48,6 +50,7 @@ impl fmt::Display for DeniedBy {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Policy(key) => write!(f, "policy {key}"),
+            Self::Strict(key) => write!(f, "policy {key}: the client came without mutual TLS"),
             Self::NoAllowMatched => f.write_str("no ALLOW policy matched"),
             Self::MissingPolicy(key) => write!(f, "policy {key} is not known yet"),
         }
@@ -76,7 +79,20 @@ impl Strictness {
 #[derive(Debug)]
 struct Entry {
     key: Arc<str>,
+    /// Whether it matches clients without an identity only.
+    identity_missing: bool,
     policy: Arc<Authorization>,
+}
+
+/// Whether every match of a policy demands that the client has no principal at all.
+fn matches_only_strangers(policy: &Authorization) -> bool {
+    let mut matches = policy.rules.iter().map(|rule| {
+        rule.clauses.iter().any(|clause| {
+            !clause.matches.is_empty()
+                && clause.matches.iter().all(|m| m.not_principals.contains(&StringMatch::Presence))
+        })
+    });
+    !policy.rules.is_empty() && matches.all(|strangers| strangers)
 }
 
 /// The policies that apply to one workload. Immutable; a change of policies makes a new one.
@@ -117,7 +133,8 @@ impl PolicySet {
     pub fn of(trust_domain: &str, policies: impl IntoIterator<Item = Arc<Authorization>>) -> Self {
         let mut set = Self { trust_domain: trust_domain.into(), deny: vec![], allow: vec![], missing: None };
         for policy in policies {
-            let entry = Entry { key: policy.key().into(), policy };
+            let identity_missing = matches_only_strangers(&policy);
+            let entry = Entry { key: policy.key().into(), identity_missing, policy };
             match entry.policy.action {
                 Action::Deny => set.deny.push(entry),
                 Action::Allow => set.allow.push(entry),
@@ -153,17 +170,17 @@ impl PolicySet {
             return Verdict::Allow { by: None };
         }
         let subject = Subject::new(conn, &self.trust_domain);
-        let find = |entries: &[Entry]| {
-            entries.iter().find(|e| subject.matches(&e.policy.rules)).map(|e| e.key.clone())
-        };
-        if let Some(key) = find(&self.deny) {
-            return Verdict::Deny { by: DeniedBy::Policy(key) };
+        let find = |entries: &'_ [Entry]| entries.iter().position(|e| subject.matches(&e.policy.rules));
+        if let Some(entry) = find(&self.deny).and_then(|at| self.deny.get(at)) {
+            let key = entry.key.clone();
+            let by = if entry.identity_missing { DeniedBy::Strict(key) } else { DeniedBy::Policy(key) };
+            return Verdict::Deny { by };
         }
         if self.allow.is_empty() {
             return Verdict::Allow { by: None };
         }
         match find(&self.allow) {
-            Some(key) => Verdict::Allow { by: Some(key) },
+            Some(at) => Verdict::Allow { by: self.allow.get(at).map(|e| e.key.clone()) },
             None => Verdict::Deny { by: DeniedBy::NoAllowMatched },
         }
     }

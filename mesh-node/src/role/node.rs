@@ -310,6 +310,30 @@ fn sampled(metrics: &Arc<Metrics>, view: &Arc<View>, handlers: &Arc<Handlers>, a
             ]
         },
     );
+    let weak = Arc::downgrade(view);
+    metrics.sample_counters(
+        "nodemesh_certificate_requests",
+        "Certificates asked for, by outcome",
+        move || {
+            let stats = weak.upgrade().map(|view| view.certs.stats()).unwrap_or_default();
+            vec![
+                Sample::new([("outcome", "issued")], stats.issued),
+                Sample::new([("outcome", "failed")], stats.failed),
+            ]
+        },
+    );
+    let weak = Arc::downgrade(handlers);
+    metrics.sample_counters("nodemesh_tunnel_events", "What became of HBONE connections", move || {
+        let stats =
+            weak.upgrade().map(|h| h.pools.iter().map(Pool::stats).collect::<Vec<_>>()).unwrap_or_default();
+        let sum = |f: fn(&crate::hbone::PoolStats) -> u64| stats.iter().map(f).sum::<u64>();
+        vec![
+            Sample::new([("event", "opened")], sum(|s| s.opened)),
+            Sample::new([("event", "failed")], sum(|s| s.failed)),
+            Sample::new([("event", "retried")], sum(|s| s.retried)),
+            Sample::new([("event", "evicted")], sum(|s| s.evicted)),
+        ]
+    });
     let weak = Arc::downgrade(affinity);
     #[expect(clippy::cast_precision_loss, reason = "at most 65,536")]
     metrics.sample_gauges(

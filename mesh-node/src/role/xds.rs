@@ -53,7 +53,7 @@ pub fn ads_config(config: &Config, node_ip: IpAddr) -> AdsConfig {
             ip: node_ip,
             pod: config.pod_name(),
             namespace: config.args.namespace.clone(),
-            domain: format!("{}.svc.cluster.local", config.args.namespace),
+            domain: "cluster.local".to_owned(),
         },
         node_name: config.args.node_name.clone(),
         cluster_id: config.args.cluster_id.clone(),
