@@ -20,12 +20,13 @@ const UNSAFE: [&str; 6] = [
 ];
 
 /// Text that belongs to one machine or to unfinished work, and why.
+/// Put together here, so that this file does not hold what it looks for.
 const WORDS: [(&str, &str); 5] = [
-    ("/home/", "a path of one machine"),
-    ("/root/", "a path of one machine"),
-    ("/work/", "a path of one machine"),
-    ("TODO", "unfinished work belongs into the issue tracker"),
-    ("FIXME", "unfinished work belongs into the issue tracker"),
+    (concat!("/ho", "me/"), "a path of one machine"),
+    (concat!("/ro", "ot/"), "a path of one machine"),
+    (concat!("/wo", "rk/"), "a path of one machine"),
+    (concat!("TO", "DO"), "unfinished work belongs into the issue tracker"),
+    (concat!("FIX", "ME"), "unfinished work belongs into the issue tracker"),
 ];
 
 pub(super) fn check(sources: &[Source]) -> Vec<String> {
