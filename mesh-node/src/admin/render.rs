@@ -49,7 +49,7 @@ pub fn status(s: &Status) -> String {
     out.line(&format!("pods in the mesh: {}", s.enrolled.len()));
     if !s.enrolled.is_empty() {
         let mut rows =
-            vec![["POD", "ADDRESSES", "CERTIFICATE", "CONNECTIONS", "IDENTITY"].map(str::to_owned)];
+            vec![["POD", "CERTIFICATE", "CONNECTIONS", "IDENTITY", "ADDRESSES"].map(str::to_owned)];
         for pod in &s.enrolled {
             let certificate = match &pod.certificate {
                 None => "none".to_owned(),
@@ -61,10 +61,11 @@ pub fn status(s: &Status) -> String {
             };
             rows.push([
                 format!("{}/{}", pod.namespace, pod.name),
-                pod.addresses.iter().map(ToString::to_string).collect::<Vec<_>>().join(","),
                 certificate,
                 pod.connections.to_string(),
-                pod.identity.clone(),
+                // Without the scheme, which is the same for all, as Istio writes principals.
+                pod.identity.strip_prefix("spiffe://").unwrap_or(&pod.identity).to_owned(),
+                pod.addresses.iter().map(ToString::to_string).collect::<Vec<_>>().join(","),
             ]);
         }
         out.table(&rows);
@@ -188,7 +189,7 @@ mod tests {
             "  - refused shop/bad: no rules  [31m\n",
             "              41  direct\n",
             "pods in the mesh: 3\n",
-            "  shop/cart                    10.0.0.7,fd00::7  12h1m        12",
+            "  shop/cart                    12h1m        12           cluster.local/ns/shop/sa/cart",
             "EXPIRED",
             "pods that are NOT captured but should be: 1\n  shop/busy: 10.0.0.9:15008 is in use\n",
             "other pods: 1\n  plain/web: not in the mesh\n",
@@ -197,7 +198,7 @@ mod tests {
         }
         assert!(!text.contains("denied"), "a zero is shown:\n{text}");
         assert!(text.lines().all(|l| l.chars().count() <= WIDTH), "{text}");
-        assert!(text.contains('\u{2026}'), "the long identity is not cut:\n{text}");
+        assert!(text.contains('\u{2026}'), "the long line is not cut:\n{text}");
     }
 
     #[test]
