@@ -12,7 +12,7 @@ use super::{
     intent::{CapturedPod, Intent},
     lower::lower,
     ops::{MapOps, Table},
-    pins::Pins,
+    pins::{self, Pins},
     reconcile::{Reconciler, Report},
     sockmeta::SocketMeta,
     sys,
@@ -242,7 +242,7 @@ impl Datapath {
         if self.inbound_links.contains_key(&cookie) {
             return Ok(());
         }
-        let path = self.pins.current().join(format!("inbound_{cookie}"));
+        let path = self.pins.current().join(pins::inbound(cookie));
         let sk_lookup: &mut SkLookup = program(&mut self.ebpf, SK_LOOKUP_PROGRAM)?;
         let link = sk_lookup
             .attach(netns)
@@ -250,13 +250,14 @@ impl Datapath {
             .map_err(|source| program_error(SK_LOOKUP_PROGRAM, source))?;
         let pinned = FdLink::from(link).pin(&path).map_err(|source| BpfError::Pin { path, source })?;
         self.inbound_links.insert(cookie, pinned);
-        Ok(())
+        // The new program selects sockets, which overrules the old one's refusals; from here on it is alone.
+        Ok(self.pins.let_go(cookie)?)
     }
 
     /// Ends the inbound capture of a network namespace; established connections stay. No error if there was none.
     pub fn detach_inbound(&mut self, cookie: u64) -> Result<(), BpfError> {
         let Some(link) = self.inbound_links.remove(&cookie) else { return Ok(()) };
-        let path = self.pins.current().join(format!("inbound_{cookie}"));
+        let path = self.pins.current().join(pins::inbound(cookie));
         link.unpin().map(drop).map_err(|source| BpfError::Unpin { path, source })
     }
 
@@ -330,15 +331,22 @@ impl Datapath {
         write_config(&self.config_map, &self.config)
     }
 
+    /// Lets go what a dead or stopped predecessor kept shut. To be called once every pod of the node was looked at:
+    /// those that are in the mesh are captured anew by then, the others do not belong to it any more.
+    pub fn let_predecessor_go(&mut self) -> Result<bool, BpfError> {
+        Ok(self.pins.let_all_go()?)
+    }
+
     /// Ends the outbound capture, and the inbound one of pods without a strict port. The others stay captured with
     /// nobody to steer to, so that their strict ports refuse: what nobody can check any more must not get in. The pins
-    /// stay for that, until the next load takes their place or [`unload`](Self::unload) removes them. Without a strict
-    /// pod this is an `unload`.
+    /// stay for that, until the next load takes their place or [`unload`](Self::unload) removes them. What is held for
+    /// a predecessor stays as well: this daemon may have ended before it knew anything.
     pub fn retire(&mut self, intent: &Intent) -> Result<(), BpfError> {
         let is_strict = |pod: &&CapturedPod| pod.strict || pod.port_strict.values().any(|strict| *strict);
         let strict: Vec<CapturedPod> = intent.pods.iter().filter(is_strict).cloned().collect();
         if strict.is_empty() {
-            return self.unload();
+            self.detach_all_inbound()?;
+            return Ok(self.pins.clear_own()?);
         }
         let keep: BTreeSet<u64> = strict.iter().map(|pod| pod.cookie).collect();
         let gone: Vec<u64> =
@@ -364,11 +372,13 @@ impl Datapath {
 
     /// Ends the capture: detaches everything and removes the pins.
     pub fn unload(&mut self) -> Result<(), BpfError> {
-        let cookies: Vec<u64> = self.inbound_links.keys().copied().collect();
-        for cookie in cookies {
-            self.detach_inbound(cookie)?;
-        }
+        self.detach_all_inbound()?;
         Ok(self.pins.clear()?)
+    }
+
+    fn detach_all_inbound(&mut self) -> Result<(), BpfError> {
+        let cookies: Vec<u64> = self.inbound_links.keys().copied().collect();
+        cookies.into_iter().try_for_each(|cookie| self.detach_inbound(cookie))
     }
 }
 

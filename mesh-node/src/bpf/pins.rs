@@ -65,9 +65,12 @@ impl Pins {
     }
 
     /// Puts the staged pins into force and removes those of predecessors, of other versions as well. With the last
-    /// pin of a dead process its programs are detached.
+    /// pin of a dead process its programs are detached, but for the inbound ones: those are held until
+    /// [`let_go`](Self::let_go), so that a strict pod stays shut until its new capture.
     pub(super) fn commit(&self) -> Result<PathBuf, PinError> {
         let (staging, current, stale) = (self.staging(), self.current(), self.base.join("stale"));
+        // Left by a process that died in here.
+        self.hold_inbound(&stale)?;
         remove(&stale)?;
         if current.exists() {
             fs::rename(&current, &stale).map_err(|source| file("rename", &current, source))?;
@@ -78,17 +81,56 @@ impl Pins {
             let name = entry.file_name();
             let version = name.to_str().and_then(|name| name.strip_prefix('v')).map(str::parse::<u32>);
             if name == "stale" || matches!(version, Some(Ok(number)) if number != ABI_VERSION) {
+                self.hold_inbound(&entry.path())?;
                 remove(&entry.path())?;
             }
         }
         Ok(current)
     }
 
-    /// Removes all pins of this version, and the folder if nothing else is in it.
+    /// Moves the inbound links of a predecessor to where they are held; a newer one takes the place of an older one.
+    fn hold_inbound(&self, dir: &Path) -> Result<(), PinError> {
+        let entries = match fs::read_dir(dir) {
+            Ok(entries) => entries,
+            Err(source) if source.kind() == io::ErrorKind::NotFound => return Ok(()),
+            Err(source) => return Err(file("read", dir, source)),
+        };
+        let held = self.held();
+        for entry in
+            entries.flatten().filter(|e| e.file_name().as_encoded_bytes().starts_with(INBOUND.as_bytes()))
+        {
+            fs::create_dir_all(&held).map_err(|source| file("create", &held, source))?;
+            let to = held.join(entry.file_name());
+            remove_file(&to)?;
+            fs::rename(entry.path(), &to).map_err(|source| file("rename", &to, source))?;
+        }
+        Ok(())
+    }
+
+    /// Lets a predecessor's inbound link to a network namespace go.
+    pub(super) fn let_go(&self, cookie: u64) -> Result<(), PinError> {
+        remove_file(&self.held().join(inbound(cookie)))
+    }
+
+    /// Lets all inbound links of predecessors go; whether there were any.
+    pub(super) fn let_all_go(&self) -> Result<bool, PinError> {
+        let held = self.held();
+        let any = held.exists();
+        remove(&held)?;
+        Ok(any)
+    }
+
+    /// Removes all pins, those that are held for a predecessor as well, and the folder if nothing else is in it.
     pub(super) fn clear(&self) -> Result<(), PinError> {
+        self.let_all_go()?;
+        self.clear_own()
+    }
+
+    /// Removes this process's pins, and the folder if nothing else is in it.
+    pub(super) fn clear_own(&self) -> Result<(), PinError> {
         remove(&self.staging())?;
         remove(&self.current())?;
-        // Not empty means that somebody else keeps something there, which is not ours to remove.
+        // Not empty means that something is held, or that somebody else keeps something there.
         drop(fs::remove_dir(&self.base));
         Ok(())
     }
@@ -100,6 +142,25 @@ impl Pins {
 
     fn staging(&self) -> PathBuf {
         self.base.join("staging")
+    }
+
+    fn held(&self) -> PathBuf {
+        self.base.join("held")
+    }
+}
+
+/// What the names of inbound links begin with.
+const INBOUND: &str = "inbound_";
+
+/// The name of the pin of a network namespace's inbound link.
+pub(super) fn inbound(cookie: u64) -> String {
+    format!("{INBOUND}{cookie}")
+}
+
+fn remove_file(path: &Path) -> Result<(), PinError> {
+    match fs::remove_file(path) {
+        Err(source) if source.kind() != io::ErrorKind::NotFound => Err(file("remove", path, source)),
+        _ => Ok(()),
     }
 }
 

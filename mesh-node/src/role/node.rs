@@ -14,7 +14,7 @@ use crate::{
     bpf::{Datapath, DenyEvent, LoadOptions},
     config::{self, Config},
     drain::Drain,
-    enroll::{self, Enroller, Limits, scan::ScanConfig},
+    enroll::{self, Enroller, Limits, Phase, scan::ScanConfig},
     hbone::{Pool, PoolLimits},
     identity::{CertManager, CertOptions, IstioCa, TokenFile},
     inbound::Inbound,
@@ -22,6 +22,7 @@ use crate::{
     metrics::{Direction, Metrics, Sample},
     net::{self, NetNs},
     outbound::{Affinity, Outbound},
+    outcome::chain,
     plan::NodeView,
     state::Store,
     tls::ControlPlane,
@@ -33,7 +34,7 @@ use std::{
     net::{IpAddr, Ipv4Addr},
     path::Path,
     sync::{
-        Arc, Mutex,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicBool, Ordering},
         mpsc,
     },
@@ -44,6 +45,9 @@ use tokio_util::sync::CancellationToken;
 
 /// How often direct connections are counted between scrapes, before the kernel's table may evict rows.
 const COUNT_DIRECT: Duration = Duration::from_secs(15);
+
+/// How often it is asked whether all pods were looked at after the start.
+const SUCCEED: Duration = Duration::from_secs(1);
 
 /// Runs the daemon until SIGTERM or SIGINT.
 pub fn run(config: Config, log: LogFilter) -> anyhow::Result<()> {
@@ -165,6 +169,7 @@ async fn serve(config: Config, log: LogFilter) -> anyhow::Result<()> {
     });
     sampled(&metrics, &view, &handlers, &affinity);
     servers(&config, &view, &stop)?;
+    let gate = synced.clone();
     tokio::spawn(follow_sync(ads, synced, mesh.clone()));
     tokio::spawn(count_direct(view.clone(), stop.clone()));
     let cni =
@@ -177,6 +182,7 @@ async fn serve(config: Config, log: LogFilter) -> anyhow::Result<()> {
         ..ScanConfig::default()
     };
     let found = enroller.scan(&scan).await.context("cannot look for running pods")?;
+    tokio::spawn(succeed(enroller.clone(), gate, datapath.clone()));
     let following = tokio::spawn({
         let (enroller, stop) = (enroller.clone(), stop.clone());
         async move { enroller.run(Path::new("/proc"), stop).await }
@@ -341,6 +347,23 @@ fn sampled(metrics: &Arc<Metrics>, view: &Arc<View>, handlers: &Arc<Handlers>, a
         "Clients with session affinity in the daemon",
         move || vec![Sample::new([], weak.upgrade().map_or(0.0, |a| a.len() as f64))],
     );
+}
+
+/// Opens what a predecessor kept shut, once every pod that runs here has been looked at.
+async fn succeed(enroller: Arc<Enroller<NodeMesh>>, synced: Arc<AtomicBool>, datapath: Arc<Mutex<Datapath>>) {
+    let undecided =
+        || enroller.pods().iter().any(|pod| matches!(pod.phase, Phase::Pending | Phase::Failed(_)));
+    loop {
+        tokio::time::sleep(SUCCEED).await;
+        if synced.load(Ordering::Acquire) && !undecided() {
+            break;
+        }
+    }
+    match datapath.lock().unwrap_or_else(PoisonError::into_inner).let_predecessor_go() {
+        Ok(true) => tracing::info!("the predecessor's inbound programs are gone"),
+        Ok(false) => {}
+        Err(error) => tracing::error!(error = %chain(&error), "the predecessor's inbound programs stay"),
+    }
 }
 
 /// Opens the gate for enrolment once the first full configuration is there.

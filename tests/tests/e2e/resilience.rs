@@ -82,6 +82,43 @@ fn a_stopped_daemon_leaves_strict_pods_shut_and_the_others_open() -> Result<()> 
 }
 
 #[test]
+fn a_daemon_that_starts_without_a_control_plane_keeps_strict_pods_shut() -> Result<()> {
+    let mut cluster = mesh()?;
+    let strict = cluster.pod("shop/pay-0")?.spec.v4;
+    let answers = |cluster: &Cluster| -> Result<bool> {
+        let to = format!("--to {strict}:{} --send x --shutdown --timeout 2", ports::ECHO);
+        Ok(!cluster.pod("shop/batch-0")?.dial(&to)?.received.is_empty())
+    };
+    cluster.control.as_mut().context("control")?.proc.kill()?;
+    for signal in ["kill", "term"] {
+        let daemon = cluster.node_mut("node-b")?.daemon.as_mut().context("daemon")?;
+        match signal {
+            "kill" => daemon.proc.kill()?,
+            _ => drop(daemon.proc.stop(PROPAGATION * 2)?),
+        }
+        assert!(!answers(&cluster)?, "after {signal}, nobody there");
+        cluster.node_mut("node-b")?.daemon = None;
+        cluster.launch_node("node-b", &NodeOptions::default())?;
+        // It serves its health check once its programs have taken the place of the old ones.
+        wait::until_true("the new daemon to be up and not ready", PROPAGATION, || {
+            let up = cluster.node("node-b")?.scrape();
+            Ok(up.is_ok_and(|metrics| metrics.sum("nodemesh_ready", &[]) == 0.0))
+        })?;
+        assert!(!answers(&cluster)?, "after {signal}, with a daemon that knows nothing yet");
+    }
+    cluster.restart_control()?;
+    cluster.wait_node_ready("node-b")?;
+    let client = cluster.pod("shop/web-0")?;
+    wait::until_true("pay to be back", PROPAGATION * 3, || {
+        Ok(client.connects(&format!("--to {}:80 --n 1 --timeout 2", vip::PAY))?.all_right(1))
+    })?;
+    let held = cluster.node("node-b")?.pin_dir.join("held");
+    wait::until_true("the old programs to be gone", PROPAGATION, || Ok(!held.exists()))?;
+    assert!(!answers(&cluster)?);
+    Ok(())
+}
+
+#[test]
 fn connections_outlive_the_rotation_of_their_certificates() -> Result<()> {
     let mut cluster = bare()?;
     cluster.start_control(&quickstart())?;
