@@ -29,6 +29,16 @@ pub mod flow {
     pub const PROXY: u8 = 2;
     /// A host process's socket to a local pod (a probe).
     pub const PROBE: u8 = 3;
+    /// A client socket that goes straight to a pod of this node by a cached verdict.
+    pub const LOCAL: u8 = 4;
+    /// A client socket whose DNS queries go to the daemon.
+    pub const DNS: u8 = 5;
+}
+
+/// `value::Pod::flags`.
+pub mod pod {
+    /// DNS queries of the pod (port 53, UDP and TCP) go to the daemon while it is there.
+    pub const DNS: u32 = 1;
 }
 
 /// `value::Inbound::flags` and `value::InboundPort::flags`.
@@ -43,6 +53,8 @@ pub mod port {
     pub const INBOUND_PLAIN: u16 = 15006;
     /// HBONE.
     pub const INBOUND_HBONE: u16 = 15008;
+    /// DNS over UDP.
+    pub const DNS: u16 = 15053;
 }
 
 /// Levels of the programs' log lines (`value::Config::log_level`); 0 is off. The numbers are aya-log's.
@@ -170,6 +182,8 @@ codes! {
         BAD_VERDICT = 10, BadVerdict, "bad_verdict";
         /// The kernel would not keep what the capture has to remember about the socket.
         NO_MEMORY = 11, NoMemory, "no_memory";
+        /// The daemon is away and the destination takes no plaintext.
+        DAEMON_AWAY = 12, DaemonAway, "daemon_away";
     }
 }
 
@@ -234,6 +248,18 @@ codes! {
         EVENT_LOST = 27, EventLost, "event_lost";
         /// A flow or storage could not be written (out of memory, or the map is full).
         STORE_FAILED = 28, StoreFailed, "store_failed";
+        /// connect: TCP straight to a pod of this node by a cached verdict.
+        CONNECT_LOCAL = 29, ConnectLocal, "connect_local";
+        /// connect: straight to a backend that would be proxied, since the daemon is away.
+        AWAY_DIRECT = 30, AwayDirect, "away_direct";
+        /// connect: refused, since the daemon is away and the destination takes no plaintext.
+        AWAY_DENY = 31, AwayDeny, "away_deny";
+        /// sk_lookup: a connection that a cached verdict let go straight to the pod.
+        INBOUND_FLOW = 32, InboundFlow, "inbound_flow";
+        /// A DNS query or connection was sent to the daemon.
+        DNS_CAPTURE = 33, DnsCapture, "dns_capture";
+        /// A live connection between pods of this node did not fit into its map.
+        LOCAL_FLOWS_FULL = 34, LocalFlowsFull, "local_flows_full";
     }
 }
 

@@ -78,6 +78,24 @@ abi! {
         _pad: [u8; 6] = 26,
     }
 
+    /// A pod and a port of another pod of this node.
+    pub struct Verdict: 32 {
+        /// The client's network namespace.
+        pub cookie: u64 = 0,
+        /// The pod's address and port.
+        pub destination: Endpoint = 8,
+        _pad: u32 = 28,
+    }
+
+    /// A part of a backend set's Maglev table.
+    pub struct Maglev: 16 {
+        /// The set.
+        pub set: u64 = 0,
+        /// The position in the table, divided by the slots of a `value::MaglevChunk`.
+        pub chunk: u32 = 8,
+        _pad: u32 = 12,
+    }
+
     /// A UDP socket and an address that it talks to.
     pub struct Udp: 32 {
         /// The socket's cookie.
@@ -160,6 +178,22 @@ impl Listener {
     pub const fn new(cookie: u64, addr: Ip, port: NetPort) -> Self {
         let addr = if addr.is_unspecified() { Ip::ANY } else { addr };
         Self { cookie, addr, port, _pad: [0; 6] }
+    }
+}
+
+impl Verdict {
+    /// Puts the parts together.
+    #[inline(always)]
+    pub const fn new(cookie: u64, destination: Endpoint) -> Self {
+        Self { cookie, destination, _pad: 0 }
+    }
+}
+
+impl Maglev {
+    /// Puts the parts together.
+    #[inline(always)]
+    pub const fn new(set: u64, chunk: u32) -> Self {
+        Self { set, chunk, _pad: 0 }
     }
 }
 

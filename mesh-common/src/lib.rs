@@ -22,4 +22,4 @@ pub mod value;
 
 /// The version of everything in this crate that crosses the boundary; it names the folder of the pins. Any change of
 /// a key, a value, a code or a map's type needs a new one.
-pub const ABI_VERSION: u32 = 1;
+pub const ABI_VERSION: u32 = 2;

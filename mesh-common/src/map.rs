@@ -18,6 +18,16 @@ macro_rules! maps {
 maps! {
     /// Array of one `value::Config`.
     CONFIG: 1;
+    /// Array of one `value::Heartbeat`.
+    HEARTBEAT: 1;
+    /// Array of one `value::Generation`.
+    GENERATION: 1;
+    /// LRU, `key::Verdict` -> `value::Verdict`.
+    VERDICTS: 65_536;
+    /// `key::Probe` -> `value::LocalFlow`: live connections that a verdict let go straight to a pod of this node.
+    LOCAL_FLOWS: 65_536;
+    /// `key::Maglev` -> `value::MaglevChunk`.
+    MAGLEV: 65_536;
     /// `key::Netns` -> `value::Pod`.
     PODS: 4096;
     /// `key::Frontend` -> `value::Frontend`.
@@ -32,12 +42,12 @@ maps! {
     AFFINITY: 65_536;
     /// Socket storage of clients: `value::SocketFlow`.
     SOCKET_FLOW: 1;
-    /// Socket storage of the daemon's accepted sockets: the original destination (`net::Endpoint`).
+    /// Socket storage of the daemon's accepted sockets: `value::OriginalDst`.
     ORIG_DST: 1;
     /// Socket storage of the daemon's dialling sockets and of the app's accepted ones: the client
     /// (`net::Endpoint`).
     CLIENT: 1;
-    /// LRU, `key::Flow` -> original destination (`net::Endpoint`): on its way from the client to the daemon's socket.
+    /// LRU, `key::Flow` -> `value::OriginalDst`: on its way from the client to the daemon's socket.
     ORIG_DST_FLOWS: 32_768;
     /// LRU, `key::Flow` -> client (`net::Endpoint`): on its way from the daemon's socket to the app's.
     CLIENT_FLOWS: 32_768;

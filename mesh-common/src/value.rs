@@ -32,12 +32,58 @@ abi! {
         pub outbound_v4: NetPort = 32,
         /// The same for IPv6.
         pub outbound_v6: NetPort = 34,
-        /// Zero.
+        /// `code::pod`.
         pub flags: u32 = 36,
     }
 
+    /// The one row of HEARTBEAT.
+    pub struct Heartbeat: 8 {
+        /// When the daemon last said that it serves, by the monotonic clock, in nanoseconds; 0 when it has ended.
+        pub beat_ns: u64 = 0,
+    }
+
+    /// The one row of GENERATION.
+    pub struct Generation: 8 {
+        /// Verdicts and flows of another generation do not count.
+        pub number: u64 = 0,
+    }
+
+    /// A cached verdict: this client may go straight to that port of a pod of this node.
+    pub struct Verdict: 8 {
+        /// The generation it was given in.
+        pub generation: u64 = 0,
+    }
+
+    /// A live connection from pod to pod of this node without the daemon.
+    pub struct LocalFlow: 48 {
+        /// The client's network namespace.
+        pub cookie: u64 = 0,
+        /// The generation of its verdict.
+        pub generation: u64 = 8,
+        /// When it was dialled, by the monotonic clock, in nanoseconds.
+        pub opened_ns: u64 = 16,
+        /// What the client dialled.
+        pub original: Endpoint = 24,
+        /// Zero.
+        pub reserved: u32 = 44,
+    }
+
+    /// What the daemon's accepted socket has to know.
+    pub struct OriginalDst: 40 {
+        /// What the client dialled.
+        pub original: Endpoint = 0,
+        /// The backend that the kernel chose, or [`Endpoint::NONE`].
+        pub chosen: Endpoint = 20,
+    }
+
+    /// A part of a Maglev table: slots of the backend set.
+    pub struct MaglevChunk: 512 {
+        /// The slots.
+        pub slots: [u16; 256] = 0,
+    }
+
     /// A service port.
-    pub struct Frontend: 24 {
+    pub struct Frontend: 32 {
         /// The backend set.
         pub set: u64 = 0,
         /// Timeout of session affinity in nanoseconds; 0 for none.
@@ -48,8 +94,14 @@ abi! {
         pub verdict: u8 = 20,
         /// `code::deny` for a denial.
         pub reason: u8 = 21,
+        /// `code::verdict` (DIRECT or DENY) that stands in for PROXY while the daemon is away.
+        pub fallback: u8 = 22,
         /// Zero.
-        pub reserved: u16 = 22,
+        pub reserved: u8 = 23,
+        /// Size of the Maglev table, or 0: by weighted random choice.
+        pub maglev: u32 = 24,
+        /// Zero.
+        pub reserved_too: u32 = 28,
     }
 
     /// A slot of a backend set, also a cell of Vose's alias table: of all the draws that hit this slot, those above
@@ -69,8 +121,10 @@ abi! {
         pub verdict: u8 = 0,
         /// `code::deny` for a denial.
         pub reason: u8 = 1,
+        /// `code::verdict` (DIRECT or DENY) that stands in for PROXY while the daemon is away.
+        pub fallback: u8 = 2,
         /// Zero.
-        pub reserved: u16 = 2,
+        pub reserved: u8 = 3,
     }
 
     /// Which backend a client sticks to.
@@ -84,7 +138,7 @@ abi! {
     }
 
     /// Socket storage of a client: what it dialled and what it got.
-    pub struct SocketFlow: 56 {
+    pub struct SocketFlow: 88 {
         /// Its network namespace.
         pub cookie: u64 = 0,
         /// What the app dialled.
@@ -96,6 +150,12 @@ abi! {
         /// Low half of the count of received bytes when the peer acknowledged this side's FIN; see
         /// `decide::app_bytes`.
         pub received_at_fin: u32 = 52,
+        /// `code::flow::LOCAL`: the generation of the verdict.
+        pub generation: u64 = 56,
+        /// `code::flow::PROXY`: the backend that the kernel chose, or [`Endpoint::NONE`].
+        pub chosen: Endpoint = 64,
+        /// Zero.
+        pub reserved: u32 = 84,
     }
 
     /// When a probe was seen, by the monotonic clock, in nanoseconds.
@@ -129,7 +189,7 @@ abi! {
     }
 
     /// Statistics of direct connections.
-    pub struct Direct: 32 {
+    pub struct Direct: 56 {
         /// Connections established.
         pub opened: u64 = 0,
         /// Connections closed.
@@ -138,6 +198,12 @@ abi! {
         pub sent: u64 = 16,
         /// Bytes to the client, of closed connections.
         pub received: u64 = 24,
+        /// Segments that the client sent again, of closed connections.
+        pub retransmits: u64 = 32,
+        /// Sum of the smoothed round-trip times at close, in microseconds.
+        pub rtt_us: u64 = 40,
+        /// How many connections are in that sum.
+        pub rtt_count: u64 = 48,
     }
 
     /// A denial, in the event buffer.

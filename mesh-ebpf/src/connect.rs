@@ -86,6 +86,9 @@ fn connect<F: Family>(ctx: &SockAddrContext) -> i32 {
             actual: target,
             kind: u32::from(kind),
             received_at_fin: 0,
+            generation: 0,
+            chosen: Endpoint::NONE,
+            reserved: 0,
         },
     );
     if !remembered {
@@ -139,6 +142,9 @@ fn announce_probe(ctx: &SockAddrContext, config: &value::Config, cookie: u64, ds
         actual: *dst,
         kind: u32::from(flow::PROBE),
         received_at_fin: 0,
+        generation: 0,
+        chosen: Endpoint::NONE,
+        reserved: 0,
     };
     if !SOCKET_FLOW.set(ctx::socket(ctx), probe) {
         count(counter::STORE_FAILED);

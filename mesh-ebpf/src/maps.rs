@@ -22,6 +22,19 @@ const NO_PREALLOC: usize = BPF_F_NO_PREALLOC as usize;
 #[btf_map]
 pub(crate) static CONFIG: Array<value::Config, { entries::CONFIG }> = Array::new();
 #[btf_map]
+pub(crate) static HEARTBEAT: Array<value::Heartbeat, { entries::HEARTBEAT }> = Array::new();
+#[btf_map]
+pub(crate) static GENERATION: Array<value::Generation, { entries::GENERATION }> = Array::new();
+#[btf_map]
+pub(crate) static VERDICTS: LruHashMap<key::Verdict, value::Verdict, { entries::VERDICTS }> =
+    LruHashMap::new();
+#[btf_map]
+pub(crate) static LOCAL_FLOWS: HashMap<key::Probe, value::LocalFlow, { entries::LOCAL_FLOWS }, NO_PREALLOC> =
+    HashMap::new();
+#[btf_map]
+pub(crate) static MAGLEV: HashMap<key::Maglev, value::MaglevChunk, { entries::MAGLEV }, NO_PREALLOC> =
+    HashMap::new();
+#[btf_map]
 pub(crate) static PODS: HashMap<key::Netns, value::Pod, { entries::PODS }, NO_PREALLOC> = HashMap::new();
 #[btf_map]
 pub(crate) static FRONTENDS: HashMap<key::Frontend, value::Frontend, { entries::FRONTENDS }, NO_PREALLOC> =
@@ -40,11 +53,11 @@ pub(crate) static AFFINITY: LruHashMap<key::Affinity, value::Affinity, { entries
 #[btf_map]
 pub(crate) static SOCKET_FLOW: SkStorage<value::SocketFlow> = SkStorage::new();
 #[btf_map]
-pub(crate) static ORIG_DST: SkStorage<Endpoint> = SkStorage::new();
+pub(crate) static ORIG_DST: SkStorage<value::OriginalDst> = SkStorage::new();
 #[btf_map]
 pub(crate) static CLIENT: SkStorage<Endpoint> = SkStorage::new();
 #[btf_map]
-pub(crate) static ORIG_DST_FLOWS: LruHashMap<key::Flow, Endpoint, { entries::ORIG_DST_FLOWS }> =
+pub(crate) static ORIG_DST_FLOWS: LruHashMap<key::Flow, value::OriginalDst, { entries::ORIG_DST_FLOWS }> =
     LruHashMap::new();
 #[btf_map]
 pub(crate) static CLIENT_FLOWS: LruHashMap<key::Flow, Endpoint, { entries::CLIENT_FLOWS }> =

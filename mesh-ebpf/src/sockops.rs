@@ -24,9 +24,7 @@ use aya_ebpf::{
 };
 use mesh_common::{
     code::{counter, flow},
-    decide, key,
-    net::Endpoint,
-    value,
+    decide, key, value,
 };
 
 /// The return value of a sockops program: no reply.
@@ -63,7 +61,11 @@ fn connecting(ctx: &SockOpsContext) {
             return;
         }
         let stored = if dialled.kind == u32::from(flow::PROXY) {
-            ORIG_DST_FLOWS.insert(key::Flow::new(dialled.cookie, local, remote), dialled.original, 0)
+            ORIG_DST_FLOWS.insert(
+                key::Flow::new(dialled.cookie, local, remote),
+                value::OriginalDst { original: dialled.original, chosen: dialled.chosen },
+                0,
+            )
         } else if dialled.kind == u32::from(flow::PROBE) {
             PROBE_FLOWS.insert(key::Probe::new(local, remote), value::Probe { seen_ns: ctx::now() }, 0)
         } else {
@@ -110,13 +112,8 @@ fn accepted(ctx: &SockOpsContext) {
 }
 
 #[inline(always)]
-fn store(
-    map: &aya_ebpf::btf_maps::SkStorage<Endpoint>,
-    socket: *mut bpf_sock,
-    endpoint: Endpoint,
-    counter: u32,
-) {
-    count(if map.set(socket, endpoint) { counter } else { counter::STORE_FAILED });
+fn store<T: Copy>(map: &aya_ebpf::btf_maps::SkStorage<T>, socket: *mut bpf_sock, value: T, counter: u32) {
+    count(if map.set(socket, value) { counter } else { counter::STORE_FAILED });
 }
 
 /// A client's connection is established.
@@ -214,7 +211,8 @@ fn direct_row(key: &key::Direct) -> Option<Row> {
     if let Some(row) = DIRECT_STATS.get_ptr_mut(key) {
         return Some(Row(row));
     }
-    let empty = value::Direct { opened: 0, closed: 0, sent: 0, received: 0 };
+    let empty =
+        value::Direct { opened: 0, closed: 0, sent: 0, received: 0, retransmits: 0, rtt_us: 0, rtt_count: 0 };
     // Fails if another CPU was first, which the look-up then finds.
     let _: Result<(), i32> = DIRECT_STATS.insert(key, empty, BPF_NOEXIST as u64);
     match DIRECT_STATS.get_ptr_mut(key) {

@@ -22,6 +22,10 @@ pub struct DirectStat {
     pub sent_bytes: u64,
     /// Bytes from the backend to the client, of closed connections.
     pub received_bytes: u64,
+    /// Segments that the client sent again, of closed connections.
+    pub retransmits: u64,
+    /// Mean of the smoothed round-trip times at close, in microseconds; `None` before a connection closed.
+    pub rtt_us: Option<u64>,
 }
 
 /// The sums over all CPUs.
@@ -55,6 +59,8 @@ pub(super) fn direct_stats(map: &Map) -> io::Result<Vec<DirectStat>> {
                 closed: value.closed,
                 sent_bytes: value.sent,
                 received_bytes: value.received,
+                retransmits: value.retransmits,
+                rtt_us: value.rtt_us.checked_div(value.rtt_count),
             });
         }
         next = map.next_key(Some(&raw))?;

@@ -21,6 +21,26 @@ pub enum Verdict {
     Deny(DenyReason),
 }
 
+/// What stands in for [`Verdict::Proxy`] while the daemon is away.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Away {
+    /// Refused: some endpoint takes no plaintext.
+    #[default]
+    Deny,
+    /// Straight to an endpoint, in plaintext.
+    Direct,
+}
+
+/// How the kernel chooses among backends.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Balancing {
+    /// At random, by weight.
+    #[default]
+    Random,
+    /// By Maglev's consistent hash of the client pod's address, by weight.
+    Maglev,
+}
+
 /// One port of a service at one of its addresses.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Frontend {
@@ -32,9 +52,13 @@ pub struct Frontend {
     pub proto: Protocol,
     /// Direct, proxied or denied. Proxied UDP is denied, since the proxy carries TCP only.
     pub verdict: Verdict,
+    /// While the daemon is away, if the verdict is [`Verdict::Proxy`].
+    pub away: Away,
+    /// How a backend is chosen.
+    pub balancing: Balancing,
     /// ClientIP affinity: how long after its last connection a client pod keeps its backend.
     pub affinity: Option<Duration>,
-    /// Used when the verdict is [`Verdict::Direct`]; filtered by the caller (ready, best locality). Empty: refused
+    /// Used when the verdict is [`Verdict::Direct`] or [`Verdict::Proxy`]; filtered by the caller (ready, best locality). Empty: refused
     /// with [`DenyReason::NoEndpoints`]. Backends of another address family than `addr` cannot be reached by the
     /// client's socket and are refused by the lowering.
     pub backends: Vec<Backend>,
@@ -56,6 +80,8 @@ pub struct Destination {
     pub addr: IpAddr,
     /// [`Verdict::Direct`] means untouched.
     pub verdict: Verdict,
+    /// While the daemon is away, if the verdict is [`Verdict::Proxy`].
+    pub away: Away,
 }
 
 /// A pod of this node whose connections are captured.

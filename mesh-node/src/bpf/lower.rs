@@ -7,7 +7,7 @@
 
 use super::{
     alias,
-    intent::{Backend, CapturedPod, Frontend, Intent, Verdict},
+    intent::{Away, Backend, CapturedPod, Frontend, Intent, Verdict},
     ops::Table,
 };
 use mesh_common::{
@@ -119,7 +119,7 @@ pub fn lower(intent: &Intent) -> (BpfState, Vec<Issue>) {
     }
     for destination in &intent.destinations {
         let (verdict, reason) = verdict_codes(destination.verdict);
-        let row = value::Destination { verdict, reason, reserved: 0 };
+        let row = value::Destination { verdict, reason, fallback: away_code(destination.away), reserved: 0 };
         match state.destinations.entry(destination.addr.into()) {
             Entry::Occupied(mut other) => {
                 issues.push(Issue::DuplicateDestination(destination.addr));
@@ -149,6 +149,13 @@ fn verdict_codes(verdict: Verdict) -> (u8, u8) {
     }
 }
 
+fn away_code(away: Away) -> u8 {
+    match away {
+        Away::Direct => verdict::DIRECT,
+        Away::Deny => verdict::DENY,
+    }
+}
+
 fn lower_frontend(
     frontend: &Frontend,
     state: &mut BpfState,
@@ -166,7 +173,8 @@ fn lower_frontend(
         return;
     };
     let (verdict, reason) = verdict_codes(frontend.verdict);
-    let mut row = value::Frontend { verdict, reason, ..value::Frontend::zeroed() };
+    let mut row =
+        value::Frontend { verdict, reason, fallback: away_code(frontend.away), ..value::Frontend::zeroed() };
     if frontend.verdict == Verdict::Direct {
         let set = backend_set(service, &frontend.backends, issues);
         if set.is_empty() {
@@ -246,7 +254,7 @@ fn lower_pod(pod: &CapturedPod, state: &mut BpfState, issues: &mut Vec<Issue>) {
 
 #[cfg(test)]
 mod tests {
-    use super::super::intent::Destination;
+    use super::super::intent::{Balancing, Destination};
     use super::*;
     use mesh_common::{code::DenyReason, decide};
 
@@ -261,6 +269,8 @@ mod tests {
             port: addr.port(),
             proto: Protocol::Tcp,
             verdict: Verdict::Direct,
+            away: Away::Deny,
+            balancing: Balancing::Random,
             affinity: None,
             backends,
         }
@@ -422,7 +432,7 @@ mod tests {
     #[test]
     fn the_stricter_verdict_holds_for_an_address_claimed_twice() {
         let addr = "10.0.0.1".parse().unwrap();
-        let claim = |verdict| Destination { addr, verdict };
+        let claim = |verdict| Destination { addr, verdict, away: Away::Deny };
         for destinations in [
             vec![claim(Verdict::Direct), claim(Verdict::Proxy)],
             vec![claim(Verdict::Proxy), claim(Verdict::Direct)],

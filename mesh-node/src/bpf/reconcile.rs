@@ -438,6 +438,7 @@ fn read<K: Pod + Ord, V: Pod>(
 
 #[cfg(test)]
 mod tests {
+    use super::super::intent::{Away, Balancing};
     use super::super::{
         intent::{Backend, CapturedPod, DenyReason, Destination, Frontend, Intent, Verdict},
         lower::lower,
@@ -545,7 +546,16 @@ mod tests {
 
     fn frontend(n: u8, verdict: Verdict, backends: Vec<Backend>) -> Frontend {
         let (addr, port) = (IpAddr::from([10, 96, 0, n]), 80);
-        Frontend { addr, port, proto: Protocol::Tcp, verdict, affinity: None, backends }
+        Frontend {
+            addr,
+            port,
+            proto: Protocol::Tcp,
+            verdict,
+            away: Away::Deny,
+            balancing: Balancing::Random,
+            affinity: None,
+            backends,
+        }
     }
 
     /// A service with this many backends, the first one being host `first`.
@@ -578,7 +588,11 @@ mod tests {
                 .collect(),
             destinations: destinations
                 .into_iter()
-                .map(|n| Destination { addr: IpAddr::from([10, 0, 0, n]), verdict: Verdict::Proxy })
+                .map(|n| Destination {
+                    addr: IpAddr::from([10, 0, 0, n]),
+                    verdict: Verdict::Proxy,
+                    away: Away::Deny,
+                })
                 .collect(),
             pods: pods
                 .into_iter()
@@ -789,7 +803,7 @@ mod tests {
         };
         let desired = lower(&Intent {
             frontends: vec![frontend(1, Verdict::Proxy, vec![])],
-            destinations: vec![Destination { addr, verdict: Verdict::Proxy }],
+            destinations: vec![Destination { addr, verdict: Verdict::Proxy, away: Away::Deny }],
             pods: vec![pod],
         })
         .0;

@@ -172,7 +172,7 @@ impl Outbound {
     ) -> Result<Upstream, OutboundError> {
         use std::os::fd::AsFd;
         let dst = match self.meta.original_dst(stream.as_fd()) {
-            Ok(Some(dst)) => dst,
+            Ok(Some(found)) => found.dialled,
             Ok(None) => return Err(OutboundError::NoOriginalDestination(None)),
             Err(error) => return Err(OutboundError::NoOriginalDestination(Some(error))),
         };

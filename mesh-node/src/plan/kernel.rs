@@ -2,7 +2,7 @@
 
 use super::{NodeView, endpoints};
 use crate::{
-    bpf::{Backend, CapturedPod, DenyReason, Destination, Frontend, Intent, Verdict},
+    bpf::{Away, Backend, Balancing, CapturedPod, DenyReason, Destination, Frontend, Intent, Verdict},
     state::World,
 };
 use mesh_xds::model::{Protocol, Service, ServicePort};
@@ -28,7 +28,7 @@ pub fn intent(world: &World, node: &NodeView, pods: Vec<CapturedPod>) -> Intent 
         .workloads()
         .filter(|w| w.in_mesh() && !w.host_network && w.network == node.network)
         .flat_map(|w| &w.addresses)
-        .map(|addr| Destination { addr: *addr, verdict: Verdict::Proxy })
+        .map(|addr| Destination { addr: *addr, verdict: Verdict::Proxy, away: Away::Deny })
         .collect();
     destinations.sort_by_key(|d| d.addr);
     destinations.dedup_by_key(|d| d.addr);
@@ -53,6 +53,8 @@ fn frontend(world: &World, node: &NodeView, service: &Service, port: &ServicePor
         port: port.port,
         proto: port.protocol,
         verdict,
+        away: Away::Deny,
+        balancing: Balancing::Random,
         affinity: service.session_affinity.map(|a| a.timeout),
         backends,
     }

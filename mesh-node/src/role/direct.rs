@@ -83,6 +83,8 @@ mod tests {
             closed: opened,
             sent_bytes,
             received_bytes: 0,
+            retransmits: 0,
+            rtt_us: None,
         };
         for rows in [[row(3, 100)], [row(5, 150)], [row(5, 150)], [row(1, 10)]] {
             direct.count(&rows);

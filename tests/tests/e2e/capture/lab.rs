@@ -4,7 +4,9 @@
 use anyhow::{Context, Result, ensure};
 use mesh_common::code::Counter;
 use mesh_node::{
-    bpf::{Backend, CapturedPod, Datapath, Frontend, Intent, LoadOptions, SocketMeta, Verdict},
+    bpf::{
+        Away, Backend, Balancing, CapturedPod, Datapath, Frontend, Intent, LoadOptions, SocketMeta, Verdict,
+    },
     net::ns::NetNs,
 };
 use mesh_tests::{
@@ -77,6 +79,8 @@ impl<'a> Lab<'a> {
             port: vip.port(),
             proto,
             verdict,
+            away: Away::Deny,
+            balancing: Balancing::Random,
             affinity: None,
             backends: backends.iter().map(|addr| Backend { addr: *addr, weight: 1 }).collect(),
         });
@@ -195,7 +199,7 @@ pub(super) fn serve(
             wrong.missing.fetch_add(1, Ordering::Relaxed);
             return Ok(());
         };
-        let Some(target) = upstream.get(&original) else {
+        let Some(target) = upstream.get(&original.dialled) else {
             wrong.unexpected.fetch_add(1, Ordering::Relaxed);
             return Ok(());
         };

@@ -7,7 +7,7 @@ use self::lab::*;
 use crate::support::{assert_right, bare, vip};
 use anyhow::{Context, Result, ensure};
 use mesh_common::code::{Counter, DenyReason, log_level};
-use mesh_node::bpf::{Backend, Destination, Verdict};
+use mesh_node::bpf::{Away, Backend, Destination, Verdict};
 use mesh_tests::{app::ports, wait};
 use mesh_xds::model::Protocol;
 use std::{
@@ -123,7 +123,11 @@ fn proxied_connections_arrive_with_their_destination_and_client() -> Result<()> 
         lab.upstream.insert(service.parse()?, *backend);
     }
     // Dialled by its own address as well.
-    lab.intent.destinations.push(Destination { addr: db.v4.into(), verdict: Verdict::Proxy });
+    lab.intent.destinations.push(Destination {
+        addr: db.v4.into(),
+        verdict: Verdict::Proxy,
+        away: Away::Deny,
+    });
     lab.upstream.insert(addr(db.v4, ports::WHO), addr(db.v4, ports::WHO));
     lab.capture("shop/web-0", false)?;
     let web = cluster.pod("shop/web-0")?;
