@@ -419,7 +419,7 @@ mod tests {
         balanced.affinity = Some(Duration::from_secs(9));
         let (state, _) = lower(&Intent { frontends: vec![proxied, denied, balanced], ..Intent::default() });
         let row = |addr| *frontend_row(&state, addr);
-        let zero = value::Frontend::zeroed();
+        let zero = value::Frontend { fallback: verdict::DENY, ..value::Frontend::zeroed() };
         assert_eq!(row("10.96.0.1:80"), value::Frontend { verdict: verdict::PROXY, ..zero });
         assert_eq!(
             row("10.96.0.2:80"),
