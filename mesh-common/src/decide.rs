@@ -102,6 +102,22 @@ pub fn probe_holds(entry: &value::Probe, now_ns: u64) -> bool {
     now_ns.saturating_sub(entry.seen_ns) <= PROBE_TTL_NS
 }
 
+/// How long the daemon counts as there after a heartbeat.
+pub const HEARTBEAT_TTL_NS: u64 = 3_000_000_000;
+
+/// Whether the daemon said a moment ago that it serves.
+#[inline(always)]
+pub fn beats(heart: &value::Heartbeat, now_ns: u64) -> bool {
+    // Signed: the beat may be later than the time that was read before it.
+    heart.beat_ns != 0 && now_ns.wrapping_sub(heart.beat_ns) as i64 <= HEARTBEAT_TTL_NS as i64
+}
+
+/// Whether a cached verdict, or the connection that it let through, is of the generation in force.
+#[inline(always)]
+pub fn verdict_holds(generation: u64, current: &value::Generation) -> bool {
+    generation == current.number
+}
+
 /// What becomes of a TCP connection that arrives at a captured pod.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Inbound {
@@ -273,6 +289,20 @@ mod tests {
         assert!(affinity_holds(&entry, 900, 500), "a clock slightly behind");
         let probe = value::Probe { seen_ns: 10 };
         assert!(probe_holds(&probe, 10 + PROBE_TTL_NS) && !probe_holds(&probe, 11 + PROBE_TTL_NS));
+    }
+
+    #[test]
+    fn a_heart_beats_for_a_while_and_an_ended_one_not_at_all() {
+        let heart = value::Heartbeat { beat_ns: 7_000_000_000 };
+        for (now, expected) in [
+            (7_000_000_000, true),
+            (6_999_999_999, true),
+            (7_000_000_000 + HEARTBEAT_TTL_NS, true),
+            (7_000_000_001 + HEARTBEAT_TTL_NS, false),
+        ] {
+            assert_eq!(beats(&heart, now), expected, "at {now}");
+        }
+        assert!(!beats(&value::Heartbeat { beat_ns: 0 }, 5), "0 is not a time just after the boot");
     }
 
     #[test]

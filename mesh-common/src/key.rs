@@ -106,13 +106,16 @@ abi! {
     }
 
     /// A row of the statistics of direct connections.
-    pub struct Direct: 48 {
+    pub struct Direct: 56 {
         /// The client's network namespace.
         pub cookie: u64 = 0,
         /// What the client dialled.
         pub service: Endpoint = 8,
         /// What it got.
         pub backend: Endpoint = 28,
+        /// `code::flow`, DIRECT or LOCAL.
+        pub kind: u32 = 48,
+        _pad: u32 = 52,
     }
 }
 
@@ -208,7 +211,7 @@ impl Udp {
 impl Direct {
     /// Puts the parts together.
     #[inline(always)]
-    pub const fn new(cookie: u64, service: Endpoint, backend: Endpoint) -> Self {
-        Self { cookie, service, backend }
+    pub const fn new(cookie: u64, service: Endpoint, backend: Endpoint, kind: u32) -> Self {
+        Self { cookie, service, backend, kind, _pad: 0 }
     }
 }

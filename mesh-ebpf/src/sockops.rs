@@ -191,7 +191,7 @@ fn direct_socket(socket: *mut bpf_sock) -> Option<&'static mut value::SocketFlow
 
 #[inline(always)]
 fn row_key(dialled: &value::SocketFlow) -> key::Direct {
-    key::Direct::new(dialled.cookie, dialled.original, dialled.actual)
+    key::Direct::new(dialled.cookie, dialled.original, dialled.actual, dialled.kind)
 }
 
 /// A listener's count.

@@ -2,7 +2,12 @@
 
 use super::sys::Map;
 use aya::maps::{MapData, MapError, PerCpuArray};
-use mesh_common::{code::Counter, key, pod::Pod as _, value};
+use mesh_common::{
+    code::{Counter, flow},
+    key,
+    pod::Pod as _,
+    value,
+};
 use std::{io, net::SocketAddr};
 
 /// One row of the statistics of direct (in-kernel) connections.
@@ -14,6 +19,8 @@ pub struct DirectStat {
     pub vip: SocketAddr,
     /// The backend that it got.
     pub backend: SocketAddr,
+    /// Whether it is a pod of this node that a cached verdict allows, in place of the daemon.
+    pub local: bool,
     /// Connections established since the programs were loaded.
     pub opened: u64,
     /// Connections closed since then.
@@ -55,6 +62,7 @@ pub(super) fn direct_stats(map: &Map) -> io::Result<Vec<DirectStat>> {
                 src_cookie: key.cookie,
                 vip: key.service.into(),
                 backend: key.backend.into(),
+                local: key.kind == u32::from(flow::LOCAL),
                 opened: value.opened,
                 closed: value.closed,
                 sent_bytes: value.sent,

@@ -2,13 +2,14 @@
 //!
 //! [`Datapath::load`] attaches the cgroup programs; a pod is captured by [`Datapath::apply`] (outbound, from its
 //! next connect) and [`Datapath::attach_inbound`]. The order for a new pod: `apply` with the pod in the intent,
-//! `set_inbound_listener`, `sync_listeners`, `attach_inbound`. Deliberately absent: the daemon's heartbeat, taking
-//! over a predecessor's programs.
+//! `set_inbound_listener`, `sync_listeners`, `attach_inbound`. Deliberately absent: taking over
+//! a predecessor's programs.
 
 use super::{
     counters::{self, DirectStat},
     error::BpfError,
     events::DenyEvents,
+    heartbeat::Heartbeat,
     intent::{CapturedPod, Intent},
     lower::lower,
     ops::{MapOps, Table},
@@ -16,6 +17,7 @@ use super::{
     reconcile::{Reconciler, Report},
     sockmeta::SocketMeta,
     sys,
+    verdicts::Verdicts,
 };
 use aya::{
     Ebpf, EbpfLoader,
@@ -151,6 +153,8 @@ pub struct Datapath {
     counters: PerCpuArray<MapData, u64>,
     direct_stats: sys::Map,
     sockets: SocketMeta,
+    heartbeat: Heartbeat,
+    verdicts: Verdicts,
     events: Option<DenyEvents>,
     logs: Option<LogPump>,
 }
@@ -191,6 +195,9 @@ impl Datapath {
         let listeners = other(map::LISTENERS)?;
         let old_listeners = other(map::OLD_LISTENERS)?;
         let direct_stats = other(map::DIRECT_STATS)?;
+        let heartbeat = Heartbeat::new(Arc::new(other(map::HEARTBEAT)?));
+        let verdicts =
+            Verdicts::new(other(map::GENERATION)?, other(map::VERDICTS)?, other(map::LOCAL_FLOWS)?);
         let orig_dst = other(map::ORIG_DST)?;
         let client = other(map::CLIENT)?;
         let counters = PerCpuArray::try_from(Map::PerCpuArray(maps.data(map::COUNTERS)?))
@@ -216,6 +223,8 @@ impl Datapath {
             counters,
             direct_stats,
             sockets: SocketMeta::new(Arc::new(orig_dst), Arc::new(client)),
+            heartbeat,
+            verdicts,
             events: Some(DenyEvents::new(events)),
             logs,
         })
@@ -308,6 +317,26 @@ impl Datapath {
     /// Access to single sockets, for the threads that carry connections.
     pub fn sockets(&self) -> SocketMeta {
         self.sockets.clone()
+    }
+
+    /// Access to the heartbeat, for the thread that keeps it up: while there is none, nothing goes to the daemon.
+    pub fn heartbeat(&self) -> Heartbeat {
+        self.heartbeat.clone()
+    }
+
+    /// Tells the programs that the daemon serves now; to be repeated well within `decide::HEARTBEAT_TTL_NS`.
+    pub fn beat(&self) -> io::Result<()> {
+        self.heartbeat.beat()
+    }
+
+    /// Tells the programs that the daemon does not serve any more.
+    pub fn end_beat(&self) -> io::Result<()> {
+        self.heartbeat.end()
+    }
+
+    /// Access to the verdict cache of the same-node fast path.
+    pub fn verdicts(&self) -> Verdicts {
+        self.verdicts.clone()
     }
 
     /// The outcomes since the programs were loaded, summed over the CPUs.

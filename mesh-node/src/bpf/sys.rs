@@ -125,6 +125,17 @@ impl AsFd for Map {
     }
 }
 
+/// The clock of `bpf_ktime_get_ns`: monotonic, in nanoseconds.
+pub(crate) fn monotonic_ns() -> io::Result<u64> {
+    let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: the kernel writes one timespec to a live, exclusive place.
+    if unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut now) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // The monotonic clock is never negative.
+    Ok(now.tv_sec.unsigned_abs() * 1_000_000_000 + now.tv_nsec.unsigned_abs())
+}
+
 fn absent_is_false(result: io::Result<()>) -> io::Result<bool> {
     match result {
         Ok(()) => Ok(true),

@@ -14,7 +14,8 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
-type Key = (u64, SocketAddr, SocketAddr);
+/// Source, dialled address, backend, and whether a verdict stood in for the daemon.
+type Key = (u64, SocketAddr, SocketAddr, bool);
 
 /// Turns the kernel's running totals into increments of the TCP series.
 pub struct DirectMetrics {
@@ -37,7 +38,7 @@ impl DirectMetrics {
         let mut counted = self.counted.lock().unwrap_or_else(PoisonError::into_inner);
         let mut now = HashMap::with_capacity(rows.len());
         for row in rows {
-            let key = (row.src_cookie, row.vip, row.backend);
+            let key = (row.src_cookie, row.vip, row.backend, row.local);
             let totals = [row.opened, row.closed, row.sent_bytes, row.received_bytes];
             let before = counted.get(&key).copied().unwrap_or_default();
             now.insert(key, totals);
@@ -79,6 +80,7 @@ mod tests {
             src_cookie: 1,
             vip: "10.96.0.1:80".parse().unwrap(),
             backend: "10.0.0.1:8080".parse().unwrap(),
+            local: false,
             opened,
             closed: opened,
             sent_bytes,

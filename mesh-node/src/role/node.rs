@@ -11,7 +11,7 @@ use super::{
 };
 use crate::{
     admin::server::{Endpoint, admin_router, bind, stats_router},
-    bpf::{Datapath, DenyEvent, LoadOptions},
+    bpf::{Datapath, DenyEvent, Heartbeat, LoadOptions},
     config::{self, Config},
     drain::Drain,
     enroll::{self, Enroller, Limits, Phase, scan::ScanConfig},
@@ -46,6 +46,9 @@ use tokio_util::sync::CancellationToken;
 /// How often direct connections are counted between scrapes, before the kernel's table may evict rows.
 const COUNT_DIRECT: Duration = Duration::from_secs(15);
 
+/// How often the programs are told that the daemon serves; they believe it for `decide::HEARTBEAT_TTL_NS`.
+const BEAT: Duration = Duration::from_millis(250);
+
 /// How often it is asked whether all pods were looked at after the start.
 const SUCCEED: Duration = Duration::from_secs(1);
 
@@ -75,6 +78,7 @@ async fn serve(config: Config, log: LogFilter) -> anyhow::Result<()> {
     let mut datapath = load(&config)?;
     let (events, logs) = (datapath.take_events(), datapath.take_logs());
     let meta = datapath.sockets();
+    let beating = keep_beating(datapath.heartbeat()).context("cannot start the heartbeat")?;
     let datapath = Arc::new(Mutex::new(datapath));
     if let Some(logs) = logs {
         tokio::spawn(logs);
@@ -204,8 +208,26 @@ async fn serve(config: Config, log: LogFilter) -> anyhow::Result<()> {
     drop((view, enroller, mesh));
     // A thread that panicked has said so already.
     let _ = tokio::task::spawn_blocking(move || reconciler.join()).await;
+    drop(beating);
     tracing::info!("stopped");
     Ok(())
+}
+
+/// Beats until the sender is dropped, on a thread of its own, so that nothing that is slow stops the heart.
+fn keep_beating(heartbeat: Heartbeat) -> anyhow::Result<mpsc::Sender<()>> {
+    heartbeat.beat()?;
+    let (sender, stop) = mpsc::channel();
+    std::thread::Builder::new().name("heartbeat".into()).spawn(move || {
+        while stop.recv_timeout(BEAT) == Err(mpsc::RecvTimeoutError::Timeout) {
+            if let Err(error) = heartbeat.beat() {
+                tracing::error!(%error, "cannot write the heartbeat");
+            }
+        }
+        if let Err(error) = heartbeat.end() {
+            tracing::error!(%error, "cannot end the heartbeat");
+        }
+    })?;
+    Ok(sender)
 }
 
 fn load(config: &Config) -> anyhow::Result<Datapath> {
