@@ -1,8 +1,11 @@
 //! One certificate per identity, for as long as somebody needs it.
 
-use super::ca::{CaClient, CaError};
+use super::{
+    ca::{CaClient, CaError},
+    exported::{Exported, ImportError},
+};
 use crate::tls::{CertError, LocalIdentity, TlsReject, WorkloadCert};
-use mesh_xds::model::SpiffeId;
+use mesh_xds::{delta::Backoff, model::SpiffeId};
 use rcgen::{CertificateParams, DistinguishedName, KeyPair, SanType, string::Ia5String};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject};
 use std::{
@@ -15,7 +18,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 use tokio::{
-    sync::Semaphore,
+    sync::{Semaphore, watch},
     time::{sleep, timeout},
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
@@ -38,10 +41,8 @@ pub struct CertOptions {
     pub max_parallel: usize,
     /// How long the CA may take.
     pub sign_timeout: Duration,
-    /// Pause after the first failure; doubles with each, with jitter.
-    pub backoff_min: Duration,
-    /// Longest pause.
-    pub backoff_max: Duration,
+    /// Pause after failures in a row, with jitter.
+    pub backoff: Backoff,
 }
 
 impl Default for CertOptions {
@@ -50,8 +51,7 @@ impl Default for CertOptions {
             ttl: Duration::from_secs(24 * 3600),
             max_parallel: 16,
             sign_timeout: Duration::from_secs(10),
-            backoff_min: Duration::from_millis(200),
-            backoff_max: Duration::from_secs(30),
+            backoff: Backoff { initial: Duration::from_millis(200), max: Duration::from_secs(15) },
         }
     }
 }
@@ -164,6 +164,9 @@ struct Inner {
     ca: Arc<dyn CaClient>,
     options: CertOptions,
     slots: Mutex<HashMap<SpiffeId, Slot>>,
+    /// Certificates of a former daemon that no pod has asked for yet; at most [`MAX_IDENTITIES`].
+    imported: Mutex<HashMap<SpiffeId, WorkloadCert>>,
+    changed: watch::Sender<()>,
     requests: Semaphore,
     tasks: TaskTracker,
     issued: AtomicU64,
@@ -218,6 +221,7 @@ impl Drop for IdentityHandle {
         if slot.users == 0 {
             slot.stop.cancel();
             slots.remove(self.identity.id());
+            self.manager.inner.changed.send_replace(());
         }
     }
 }
@@ -230,6 +234,8 @@ impl CertManager {
                 ca,
                 options,
                 slots: Mutex::default(),
+                imported: Mutex::default(),
+                changed: watch::Sender::new(()),
                 requests: Semaphore::new(options.max_parallel.max(1)),
                 tasks: TaskTracker::new(),
                 issued: AtomicU64::new(0),
@@ -256,16 +262,83 @@ impl CertManager {
         let identity =
             LocalIdentity::new(id.clone()).map_err(|source| IdentityError::Tls { id: id.clone(), source })?;
         let identity = Arc::new(identity);
-        let progress = Arc::new(Mutex::new(Progress::default()));
         let stop = CancellationToken::new();
+        let now = SystemTime::now();
+        let kept = self.imported().remove(id).filter(|cert| cert.is_valid_at(now));
+        let due = kept.map(|cert| {
+            let due = renew_kept(&cert, now, rand::random_range(-0.1..0.1));
+            tracing::info!(%id, serial = cert.serial(), "a certificate of the former daemon is used again");
+            identity.cell().install(cert);
+            due
+        });
+        let progress = Arc::new(Mutex::new(Progress { next_attempt: due, ..Progress::default() }));
         let task = {
             let (inner, identity, progress) = (self.inner.clone(), identity.clone(), progress.clone());
-            async move { inner.keep(&identity, &progress).await }
+            async move { inner.keep(&identity, &progress, due).await }
         };
         let stopped = stop.clone();
         self.inner.tasks.spawn(async move { stopped.run_until_cancelled(task).await });
         slots.insert(id.clone(), Slot { identity: identity.clone(), users: 1, progress, stop });
         Ok(IdentityHandle { identity, manager: self.clone() })
+    }
+
+    fn imported(&self) -> MutexGuard<'_, HashMap<SpiffeId, WorkloadCert>> {
+        self.inner.imported.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Every valid certificate with its key: those in force, and imported ones that nobody has asked for yet.
+    pub fn export(&self) -> Vec<Exported> {
+        let now = SystemTime::now();
+        let current: Vec<_> = self.slots().values().filter_map(|slot| slot.identity.cell().valid()).collect();
+        let mut all: Vec<Exported> = current.iter().map(|cert| Exported::of(cert)).collect();
+        all.extend(self.imported().values().filter(|cert| cert.is_valid_at(now)).map(Exported::of));
+        all.sort_by(|a, b| a.identity().cmp(b.identity()));
+        all
+    }
+
+    /// Takes certificates of a former daemon. Each is put in force when a pod with that identity comes, or at once if
+    /// one is waiting for a certificate. Gives how many were taken, and why others were not.
+    pub fn import(&self, all: Vec<Exported>) -> (usize, Vec<ImportError>) {
+        let (mut taken, mut errors) = (0, vec![]);
+        for exported in all {
+            let cert = match exported.open() {
+                Ok(cert) => cert,
+                Err(error) => {
+                    errors.push(error);
+                    continue;
+                }
+            };
+            let waiting = self.slots().get(cert.id()).map(|slot| slot.identity.clone());
+            match waiting {
+                // Its own request goes on, and renews this one.
+                Some(identity) if identity.cell().valid().is_none() => identity.cell().install(cert),
+                Some(_) => {}
+                None => {
+                    let mut imported = self.imported();
+                    if imported.len() >= MAX_IDENTITIES && !imported.contains_key(cert.id()) {
+                        errors.push(ImportError::TooMany { id: cert.id().clone() });
+                        continue;
+                    }
+                    imported.insert(cert.id().clone(), cert);
+                }
+            }
+            taken += 1;
+        }
+        (taken, errors)
+    }
+
+    /// Drops imported certificates that no pod has asked for: once all pods of the node are known, nobody will.
+    pub fn forget_imported(&self) -> usize {
+        let forgotten = std::mem::take(&mut *self.imported()).len();
+        if forgotten > 0 {
+            self.inner.changed.send_replace(());
+        }
+        forgotten
+    }
+
+    /// Told whenever [`export`](Self::export) may give something else.
+    pub fn changes(&self) -> watch::Receiver<()> {
+        self.inner.changed.subscribe()
     }
 
     /// The identity, if somebody holds it.
@@ -305,44 +378,48 @@ impl CertManager {
 }
 
 impl Inner {
-    /// Requests and renews one certificate until it is cancelled.
-    async fn keep(&self, identity: &LocalIdentity, progress: &Mutex<Progress>) {
+    /// Requests and renews one certificate until it is cancelled. With `due`, one is in force already.
+    async fn keep(&self, identity: &LocalIdentity, progress: &Mutex<Progress>, due: Option<SystemTime>) {
         let id = identity.id();
+        let planned = |at| progress.lock().unwrap_or_else(PoisonError::into_inner).next_attempt = Some(at);
+        if let Some(due) = due {
+            until(due).await;
+        }
         let mut failures = 0u32;
         loop {
-            let pause = match self.request(id).await {
+            match self.request(id).await {
                 Ok(cert) => {
                     failures = 0;
                     self.issued.fetch_add(1, Relaxed);
                     let pause = renew_after(&cert, SystemTime::now(), rand::random_range(-0.1..0.1));
                     tracing::info!(%id, serial = cert.serial(), renew_in = ?pause, "certificate received");
                     identity.cell().install(cert);
-                    let mut progress = progress.lock().unwrap_or_else(PoisonError::into_inner);
-                    progress.issued += 1;
-                    progress.failures = 0;
-                    progress.last_error = None;
-                    pause
+                    {
+                        let mut progress = progress.lock().unwrap_or_else(PoisonError::into_inner);
+                        progress.issued += 1;
+                        progress.failures = 0;
+                        progress.last_error = None;
+                    }
+                    self.changed.send_replace(());
+                    let due = SystemTime::now() + pause;
+                    planned(due);
+                    until(due).await;
                 }
                 Err(error) => {
                     failures = failures.saturating_add(1);
                     self.failed.fetch_add(1, Relaxed);
-                    let pause = backoff(&self.options, failures, rand::random_range(0.0..0.5));
+                    let pause = self.options.backoff.jittered(failures, rand::random());
                     let error = chain(&error);
                     let serving = identity.cell().valid().is_some();
                     tracing::warn!(%id, failures, serving, retry_in = ?pause, error, "no certificate");
-                    let mut progress = progress.lock().unwrap_or_else(PoisonError::into_inner);
-                    progress.failures += 1;
-                    progress.last_error = Some(error);
-                    pause
+                    {
+                        let mut progress = progress.lock().unwrap_or_else(PoisonError::into_inner);
+                        progress.failures += 1;
+                        progress.last_error = Some(error);
+                    }
+                    planned(SystemTime::now() + pause);
+                    sleep(pause).await;
                 }
-            };
-            let due = SystemTime::now() + pause;
-            progress.lock().unwrap_or_else(PoisonError::into_inner).next_attempt = Some(due);
-            // Sleeping stops with the machine and does not see the clock being set; certificates go by the clock.
-            while let Ok(rest) = due.duration_since(SystemTime::now())
-                && !rest.is_zero()
-            {
-                sleep(rest.min(CLOCK_CHECK)).await;
             }
         }
     }
@@ -396,10 +473,20 @@ fn renew_after(cert: &WorkloadCert, now: SystemTime, jitter: f64) -> Duration {
     left.mul_f64(0.5 * (1.0 + jitter)).max(Duration::from_secs(1))
 }
 
-/// Exponential, less `jitter` (a fraction), within the bounds.
-fn backoff(options: &CertOptions, failures: u32, jitter: f64) -> Duration {
-    let doubled = options.backoff_min.saturating_mul(1 << failures.saturating_sub(1).min(20));
-    doubled.min(options.backoff_max).mul_f64(1.0 - jitter)
+/// When a certificate of a former daemon is to be renewed: at half of its whole life, give or take `jitter`.
+fn renew_kept(cert: &WorkloadCert, now: SystemTime, jitter: f64) -> SystemTime {
+    let life = cert.not_after().duration_since(cert.not_before()).unwrap_or(Duration::ZERO);
+    (cert.not_before() + life.mul_f64(0.5 * (1.0 + jitter))).max(now)
+}
+
+/// Waits for a time of day. Sleeping stops with the machine and does not see the clock being set; certificates go by
+/// the clock.
+async fn until(due: SystemTime) {
+    while let Ok(rest) = due.duration_since(SystemTime::now())
+        && !rest.is_zero()
+    {
+        sleep(rest.min(CLOCK_CHECK)).await;
+    }
 }
 
 /// An error with its causes.
@@ -412,18 +499,4 @@ fn chain(error: &dyn std::error::Error) -> String {
         cause = error.source();
     }
     text
-}
-
-#[cfg(test)]
-mod unit {
-    use super::*;
-
-    #[test]
-    fn backoff_doubles_and_is_bounded() {
-        let options = CertOptions::default();
-        assert_eq!(backoff(&options, 1, 0.0), options.backoff_min);
-        assert_eq!(backoff(&options, 3, 0.0), options.backoff_min * 4);
-        assert_eq!(backoff(&options, u32::MAX, 0.0), options.backoff_max);
-        assert_eq!(backoff(&options, 1, 0.5), options.backoff_min / 2);
-    }
 }

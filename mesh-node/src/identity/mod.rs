@@ -8,11 +8,13 @@
 //! reached: [`IstioCa`] takes a channel.
 
 mod ca;
+mod exported;
 mod manager;
 #[cfg(test)]
 mod tests;
 
 pub use ca::{CaClient, CaError, IstioCa, TokenFile};
+pub use exported::{Exported, ImportError};
 pub use manager::{
     CertManager, CertOptions, CertStats, CertStatus, IdentityError, IdentityHandle, MAX_IDENTITIES,
 };

@@ -3,7 +3,7 @@
 use super::*;
 use crate::tls::{RejectReason, testca::TestCa};
 use futures::future::BoxFuture;
-use mesh_xds::model::SpiffeId;
+use mesh_xds::{delta::Backoff, model::SpiffeId};
 use std::{
     collections::VecDeque,
     future::Future,
@@ -104,8 +104,7 @@ impl CaClient for FakeCa {
 fn options() -> CertOptions {
     CertOptions {
         sign_timeout: Duration::from_millis(200),
-        backoff_min: Duration::from_millis(5),
-        backoff_max: Duration::from_millis(20),
+        backoff: Backoff { initial: Duration::from_millis(5), max: Duration::from_millis(20) },
         ..CertOptions::default()
     }
 }
@@ -358,4 +357,150 @@ mod grpc {
         })
         .await;
     }
+}
+
+/// Certificates of one daemon in the next one.
+mod handover {
+    use super::*;
+    use crate::tls::testca::Leaf;
+
+    /// As a daemon would export it, from parts that need not fit together.
+    fn exported(identity: &str, ca: &TestCa, leaf: &Leaf, other_key: bool) -> Exported {
+        use base64::{Engine, engine::general_purpose::STANDARD};
+        let (chain, mut key) = ca.issue(leaf);
+        if other_key {
+            key = ca.issue(leaf).1;
+        }
+        let text = |der: &[u8]| STANDARD.encode(der);
+        serde_json::from_value(serde_json::json!({
+            "identity": identity,
+            "key": text(key.secret_der()),
+            "chain": chain.iter().map(|c| text(c)).collect::<Vec<_>>(),
+            "roots": [text(&ca.root())],
+        }))
+        .unwrap()
+    }
+
+    #[tokio::test]
+    async fn a_successor_serves_at_once_and_asks_nobody() {
+        within(async {
+            let former = CertManager::new(Arc::new(FakeCa::new([])), options());
+            let handle = former.acquire(&id("cart")).unwrap();
+            let cert = handle.ready().await;
+            let text = serde_json::to_string(&former.export()).unwrap();
+            assert!(!format!("{:?}", former.export()).contains("key"));
+
+            let ca = Arc::new(FakeCa::new([]));
+            let next = CertManager::new(ca.clone(), options());
+            assert_eq!(next.import(serde_json::from_str(&text).unwrap()).0, 1);
+            assert_eq!(next.export(), former.export(), "what nobody has asked for yet is not lost");
+            let handle = next.acquire(&id("cart")).unwrap();
+            assert_eq!(handle.ready().await.serial(), cert.serial());
+            assert_eq!(next.export(), former.export());
+            let status = next.snapshot().remove(0);
+            assert!(status.next_attempt > Some(SystemTime::now()), "{status:?}");
+            assert_eq!(ca.requests.load(SeqCst), 0);
+            drop(handle);
+            assert!(next.export().is_empty(), "it outlived its pods");
+        })
+        .await;
+    }
+
+    #[tokio::test]
+    async fn an_old_one_is_renewed_at_once_and_serves_while_the_ca_is_away() {
+        within(async {
+            let ca = Arc::new(FakeCa::new([Answer::Refuse, Answer::Refuse]));
+            let manager = CertManager::new(ca.clone(), options());
+            let mut leaf = Leaf::of(&id("cart").to_string());
+            leaf.from = SystemTime::now() - Duration::from_secs(3600);
+            leaf.until = SystemTime::now() + Duration::from_secs(60);
+            let (taken, errors) =
+                manager.import(vec![exported(&id("cart").to_string(), &ca.ca, &leaf, false)]);
+            assert_eq!((taken, errors.len()), (1, 0));
+            let handle = manager.acquire(&id("cart")).unwrap();
+            let first = handle.identity().valid_cert().unwrap();
+            eventually("it is renewed", || {
+                handle.identity().valid_cert().is_ok_and(|c| c.serial() != first.serial())
+            })
+            .await;
+            assert_eq!(ca.requests.load(SeqCst), 3);
+        })
+        .await;
+    }
+
+    #[tokio::test]
+    async fn one_that_comes_late_is_used_and_one_that_nobody_wants_is_forgotten() {
+        let ca = Arc::new(FakeCa::new([Answer::Silence]));
+        let manager = CertManager::new(ca.clone(), options());
+        let handle = manager.acquire(&id("cart")).unwrap();
+        let of = |account: &str| {
+            let name = id(account).to_string();
+            exported(&name, &ca.ca, &Leaf::of(&name), false)
+        };
+        assert_eq!(manager.import(vec![of("cart"), of("gone")]).0, 2);
+        assert!(handle.identity().valid_cert().is_ok());
+        assert_eq!(manager.export().len(), 2);
+        let mut changes = manager.changes();
+        assert_eq!(manager.forget_imported(), 1);
+        assert!(
+            changes.has_changed().unwrap() && {
+                changes.mark_unchanged();
+                true
+            }
+        );
+        assert_eq!(
+            manager.export().iter().map(Exported::identity).collect::<Vec<_>>(),
+            [id("cart").to_string()]
+        );
+    }
+
+    #[tokio::test]
+    async fn what_does_not_hold_is_refused_with_its_name() {
+        let (ca, other) = (TestCa::new(), TestCa::new());
+        let cart = id("cart").to_string();
+        let good = exported(&cart, &ca, &Leaf::of(&cart), false);
+        let edit = |field: &str, value: serde_json::Value| {
+            let mut json = serde_json::to_value(&good).unwrap();
+            json[field] = value;
+            serde_json::from_value::<Exported>(json).unwrap()
+        };
+        let roots = serde_json::to_value(exported(&cart, &other, &Leaf::of(&cart), false)).unwrap();
+        let cases = [
+            ("no identity", edit("identity", "cart".into()), "is not a SPIFFE ID"),
+            ("another's", edit("identity", id("admin").to_string().into()), "carries the identity"),
+            ("another key", exported(&cart, &ca, &Leaf::of(&cart), true), "does not belong to our key"),
+            ("expired", exported(&cart, &ca, &Leaf::of(&cart).expired(), false), "does not verify"),
+            ("another root", edit("roots", roots["roots"].clone()), "does not verify"),
+            ("no root", edit("roots", serde_json::json!([])), "no root certificate"),
+            ("no chain", edit("chain", serde_json::json!([])), "is empty"),
+            ("not base64", edit("key", "***".into()), "key that is not base64"),
+            ("not a certificate", edit("chain", serde_json::json!(["AAAA"])), "does not parse"),
+        ];
+        for (name, bad, words) in cases {
+            let manager = CertManager::new(Arc::new(FakeCa::new([Answer::Silence])), options());
+            let (taken, errors) = manager.import(vec![bad]);
+            let text: Vec<String> = errors.iter().map(|e| all_causes(e)).collect();
+            assert!(taken == 0 && text.len() == 1 && text[0].contains(words), "{name}: {taken} {text:?}");
+            assert!(manager.export().is_empty(), "{name}");
+        }
+    }
+}
+
+/// Every pause is at least the shortest one, whatever the jitter; the longest is the back-off's own test.
+#[tokio::test]
+async fn a_ca_that_is_away_is_not_asked_in_a_hot_loop() {
+    within(async {
+        let ca = Arc::new(FakeCa::new((0..10).map(|_| Answer::Refuse)));
+        let backoff = Backoff { initial: Duration::from_millis(20), max: Duration::from_millis(40) };
+        let manager = CertManager::new(ca.clone(), CertOptions { backoff, ..options() });
+        let start = std::time::Instant::now();
+        manager.acquire(&id("cart")).unwrap().ready().await;
+        assert!(start.elapsed() >= backoff.initial * 10, "{:?}", start.elapsed());
+        assert_eq!(manager.stats().failed, 10);
+    })
+    .await;
+}
+
+fn all_causes(error: &dyn std::error::Error) -> String {
+    std::iter::successors(Some(error), |e| e.source()).map(|e| e.to_string() + "; ").collect()
 }

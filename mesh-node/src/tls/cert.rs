@@ -65,7 +65,10 @@ pub enum CertError {
 pub struct WorkloadCert {
     id: SpiffeId,
     certified: Arc<CertifiedKey>,
+    /// The same key as it came: rustls does not give it back, and a successor needs it.
+    key: PrivateKeyDer<'static>,
     roots: Vec<TrustAnchor<'static>>,
+    root_certs: Vec<CertificateDer<'static>>,
     not_before: SystemTime,
     not_after: SystemTime,
     serial: String,
@@ -111,12 +114,14 @@ impl WorkloadCert {
                 .map_err(|e| CertError::Chain { id: id.clone(), detail: e.to_string() })?;
         }
         let facts = Facts::of(leaf).map_err(|e| malformed("leaf", e))?;
-        let certified = CertifiedKey::from_der(chain, key, &provider())
+        let certified = CertifiedKey::from_der(chain, key.clone_key(), &provider())
             .map_err(|source| CertError::WrongKey { id: id.clone(), source })?;
         Ok(Self {
             id: id.clone(),
             certified: Arc::new(certified),
+            key,
             roots: anchors,
+            root_certs: roots.to_vec(),
             not_before: facts.not_before,
             not_after: facts.not_after,
             serial: facts.serial,
@@ -146,6 +151,21 @@ impl WorkloadCert {
     /// Whether it is still valid.
     pub fn is_valid_at(&self, now: SystemTime) -> bool {
         now >= self.not_before && now < self.not_after
+    }
+
+    /// The private key. Its only use is to keep it or to hand it to a successor.
+    pub(crate) fn secret_key(&self) -> &PrivateKeyDer<'static> {
+        &self.key
+    }
+
+    /// The chain, leaf first, without the roots.
+    pub(crate) fn chain(&self) -> &[CertificateDer<'static>] {
+        &self.certified.cert
+    }
+
+    /// The roots as certificates.
+    pub(crate) fn root_certs(&self) -> &[CertificateDer<'static>] {
+        &self.root_certs
     }
 
     pub(crate) fn certified(&self) -> Arc<CertifiedKey> {

@@ -46,4 +46,28 @@ impl Backoff {
             n => self.initial.saturating_mul(1u32.checked_shl(n - 1).unwrap_or(u32::MAX)).min(self.max),
         }
     }
+
+    /// A random delay after so many failures in a row, for clients that must not come back all at once: somewhere
+    /// between `initial` and what the doubling has reached, by `fraction` (0 to 1, drawn by the caller).
+    pub fn jittered(&self, failures: u32, fraction: f64) -> Duration {
+        if failures == 0 {
+            return Duration::ZERO;
+        }
+        let most = self.delay(failures.saturating_add(1));
+        let least = self.initial.min(most);
+        least + (most - least).mul_f64(fraction.clamp(0.0, 1.0))
+    }
+}
+
+#[cfg(test)]
+mod backoff {
+    use super::*;
+
+    #[test]
+    fn jitter_stays_between_the_first_delay_and_the_doubled_one() {
+        let backoff = Backoff { initial: Duration::from_millis(200), max: Duration::from_secs(15) };
+        let ms = |failures, fraction| backoff.jittered(failures, fraction).as_millis();
+        assert_eq!((ms(0, 1.0), ms(1, 0.0), ms(1, 1.0), ms(3, 1.0)), (0, 200, 400, 1_600));
+        assert_eq!((ms(u32::MAX, 0.0), ms(u32::MAX, 0.5), ms(u32::MAX, 1.0)), (200, 7_600, 15_000));
+    }
 }
