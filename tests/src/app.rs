@@ -135,6 +135,13 @@ pub struct BulkReport {
     pub millis: u64,
 }
 
+/// Result of `pod-app hold`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HoldReport {
+    /// Lines that came back as they were sent.
+    pub lines: u64,
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -1,7 +1,7 @@
 //! Nodes and pods: namespaces, cgroups, addresses, routes, and the processes in them.
 
 use crate::{
-    app::{BulkReport, ConnectsReport},
+    app::{BulkReport, ConnectsReport, HoldReport},
     cgroup::Cgroup,
     daemons::{Control, NodeDaemon},
     fixture::{Fixture, NodeSpec, PodSpec},
@@ -67,6 +67,11 @@ impl Pod {
         format!("{}/{}", self.spec.namespace, self.spec.name)
     }
 
+    /// The same pod without its application, for threads that run clients in it.
+    pub fn handle(&self) -> Self {
+        Self { spec: self.spec.clone(), netns: self.netns.clone(), cgroup: self.cgroup.clone(), app: None }
+    }
+
     /// Where its processes run.
     pub fn place(&self) -> Place<'_> {
         Place { cgroup: &self.cgroup, netns: Some(&self.netns) }
@@ -112,6 +117,11 @@ impl Pod {
         self.app_json_within(&format!("bulk {args}"), Duration::from_secs(300))
     }
 
+    /// `pod-app hold`: a connection to `to` that stays busy while `file` exists. Fails if it breaks before.
+    pub fn hold(&self, to: &str, file: &Path) -> Result<HoldReport> {
+        self.app_json_within(&format!("hold --to {to} --while {}", file.display()), Duration::from_secs(600))
+    }
+
     /// `pod-app dial ARGS`: how a single connection went.
     pub fn dial(&self, args: &str) -> Result<Dialled> {
         self.app_json(&format!("dial {args}"))
@@ -143,6 +153,8 @@ pub struct Cluster {
     pub fabric: NetNs,
     /// What owns it all.
     pub run: Run,
+    /// How many pods were ever made, for names that are not used twice.
+    pods_made: usize,
 }
 
 impl Cluster {
@@ -154,7 +166,8 @@ impl Cluster {
             "link add br0 type bridge\naddr add {CONTROL_V4}/24 dev br0\naddr add {CONTROL_V6}/64 dev br0 nodad\n\
              link set br0 up\n"
         ))?;
-        let mut cluster = Self { pods: Vec::new(), nodes: Vec::new(), control: None, fabric, run };
+        let mut cluster =
+            Self { pods: Vec::new(), nodes: Vec::new(), control: None, fabric, run, pods_made: 0 };
         for spec in &fixture.nodes {
             let node = cluster.make_node(spec, &fixture.nodes)?;
             cluster.nodes.push(node);
@@ -167,10 +180,11 @@ impl Cluster {
 
     fn make_node(&self, spec: &NodeSpec, all: &[NodeSpec]) -> Result<Node> {
         let netns = NetNs::create(&self.run.name(&spec.name))?;
+        // Without an address of its own a bridge takes its lowest port's, and loses it with that pod.
         let mut batch = format!(
             "link add eth0 type veth peer name n{number} netns {fabric}\n\
              addr add {v4}/24 dev eth0\naddr add {v6}/64 dev eth0 nodad\nlink set eth0 up\n\
-             link add cni0 type bridge\naddr add {gw4}/24 dev cni0\naddr add {gw6}/64 dev cni0 nodad\n\
+             link add cni0 address 02:00:00:00:00:{number:02x} type bridge\naddr add {gw4}/24 dev cni0\naddr add {gw6}/64 dev cni0 nodad\n\
              link set cni0 up\n",
             number = spec.number,
             fabric = self.fabric.name(),
@@ -213,9 +227,11 @@ impl Cluster {
 
     /// Makes one more pod and returns its index.
     pub fn add_pod(&mut self, spec: &PodSpec) -> Result<usize> {
+        self.pods_made += 1;
+        let made = self.pods_made;
         let node = self.node(&spec.node)?;
         let netns = NetNs::create(&self.run.name(&format!("{}-{}", spec.namespace, spec.name)))?;
-        let veth = format!("p{}", self.pods.len());
+        let veth = format!("p{made}");
         netns.ip(&format!(
             "link add eth0 type veth peer name {veth} netns {}\n\
              addr add {}/24 dev eth0\naddr add {}/64 dev eth0 nodad\nlink set eth0 up\n\
@@ -230,6 +246,18 @@ impl Cluster {
         let cgroup = node.pods_cgroup.child(&format!("pod{}", spec.uid))?;
         self.pods.push(Pod { spec: spec.clone(), netns, cgroup, app: None });
         Ok(self.pods.len() - 1)
+    }
+
+    /// Ends a pod's application and removes the pod, its group and its namespace, as the container runtime does after
+    /// CNI DEL (which is the caller's).
+    pub fn remove_pod(&mut self, key: &str) -> Result<PodSpec> {
+        let at =
+            self.pods.iter().position(|pod| pod.key() == key).with_context(|| format!("no pod {key}"))?;
+        let Pod { spec, netns, cgroup, app } = self.pods.remove(at);
+        drop(app);
+        netns.remove()?;
+        crate::cgroup::remove_tree(cgroup.path())?;
+        Ok(spec)
     }
 
     /// A node by name.

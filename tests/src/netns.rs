@@ -47,6 +47,11 @@ impl NetNs {
         Self { name: name.to_owned() }
     }
 
+    /// Removes it before its run ends.
+    pub fn remove(&self) -> Result<()> {
+        remove(&self.name)
+    }
+
     /// The name, as `ip netns` knows it.
     pub fn name(&self) -> &str {
         &self.name

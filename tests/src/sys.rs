@@ -1,5 +1,5 @@
-//! The only unsafe code of the harness: entering a network namespace and a cgroup between fork and exec, and a
-//! termination handler.
+//! The only unsafe code of the harness: entering a network namespace and a cgroup between fork and exec, binding packet
+//! sockets, and a termination handler.
 #![allow(unsafe_code)]
 
 use std::{
@@ -34,6 +34,45 @@ pub(crate) fn join_before_exec(command: &mut Command, procs: File, netns: Option
     // SAFETY: the hook runs in the forked child and makes only the two async-signal-safe system calls above; it
     // allocates nothing and takes no lock (`last_os_error` reads errno).
     unsafe { command.pre_exec(hook) };
+}
+
+/// Binds a packet socket to one interface, without what that interface sends, with the frames' offload state before
+/// each of them (packet(7): `PACKET_VNET_HDR`, `PACKET_IGNORE_OUTGOING`).
+pub(crate) fn bind_packet(socket: &impl AsRawFd, index: u32) -> io::Result<()> {
+    let on: libc::c_int = 1;
+    for option in [libc::PACKET_VNET_HDR, libc::PACKET_IGNORE_OUTGOING] {
+        // SAFETY: the option's value is a live local of the size given.
+        let done = unsafe {
+            libc::setsockopt(
+                socket.as_raw_fd(),
+                libc::SOL_PACKET,
+                option,
+                std::ptr::from_ref(&on).cast(),
+                size_of::<libc::c_int>() as libc::socklen_t,
+            )
+        };
+        if done != 0 {
+            return Err(io::Error::last_os_error());
+        }
+    }
+    let addr = libc::sockaddr_ll {
+        sll_family: libc::AF_PACKET as u16,
+        sll_protocol: (libc::ETH_P_ALL as u16).to_be(),
+        sll_ifindex: index.cast_signed(),
+        sll_hatype: 0,
+        sll_pkttype: 0,
+        sll_halen: 0,
+        sll_addr: [0; 8],
+    };
+    // SAFETY: the address is a live local of the size given.
+    let done = unsafe {
+        libc::bind(
+            socket.as_raw_fd(),
+            std::ptr::from_ref(&addr).cast(),
+            size_of::<libc::sockaddr_ll>() as libc::socklen_t,
+        )
+    };
+    if done != 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
 static PIPE: AtomicI32 = AtomicI32::new(-1);

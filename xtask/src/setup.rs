@@ -20,8 +20,8 @@ const DEBIAN_COMPILER: [&str; 4] = ["rustc-web", "cargo-web", "libstd-rust-web-d
 /// What `bpf-linker` needs beside LLVM itself.
 const DEBIAN_LIBRARIES: [&str; 3] = ["g++", "zlib1g-dev", "libzstd-dev"];
 
-/// What the network namespaces of tests and demo are made with.
-const DEBIAN_TOOLS: [&str; 1] = ["iproute2"];
+/// What the network namespaces of tests and demo are made with, and what loses packets in them.
+const DEBIAN_TOOLS: [&str; 2] = ["iproute2", "nftables"];
 
 /// `cargo xtask setup`.
 pub(crate) fn run() -> Result<()> {
@@ -59,6 +59,9 @@ fn missing() -> Option<String> {
     }
     if !on_path("ip") {
         parts.push("`ip` (iproute2)".to_owned());
+    }
+    if !on_path("nft") {
+        parts.push("`nft` (nftables)".to_owned());
     }
     (!parts.is_empty()).then(|| format!("missing: {}", parts.join("; ")))
 }
@@ -98,8 +101,8 @@ fn rustup() -> Result<()> {
         "this is not Debian, and there is no rustup either: install it (https://rustup.rs), then run this again"
     );
     ensure!(
-        on_path("ip"),
-        "install iproute2 (the command `ip`) with the package manager, then run this again"
+        on_path("ip") && on_path("nft"),
+        "install iproute2 (the command `ip`) and nftables (`nft`) with the package manager, then run this again"
     );
     println!("setup: installing rustup's nightly with rust-src and clippy");
     run_command(Command::new("rustup").args([

@@ -9,4 +9,5 @@ mod outcomes;
 mod peers;
 mod policy;
 mod resilience;
+mod scale;
 mod support;

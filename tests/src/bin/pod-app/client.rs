@@ -1,8 +1,8 @@
 //! The clients: many small exchanges, each verified, and one-off dials.
 
-use crate::options::{Connects, Dial, Mode, Udp};
-use anyhow::{Context, Result};
-use mesh_tests::app::{ConnectsReport, Who};
+use crate::options::{Connects, Dial, Hold, Mode, Udp};
+use anyhow::{Context, Result, ensure};
+use mesh_tests::app::{ConnectsReport, HoldReport, Who};
 use nix::{
     poll::{PollFd, PollFlags, PollTimeout, poll},
     sys::socket::{MsgFlags, SockaddrStorage, sendto, setsockopt, sockopt::TcpFastOpenConnect},
@@ -282,6 +282,30 @@ pub(crate) fn dial(args: &Dial) -> Result<String> {
             Err(error) => return Ok(outcome(&received, 0, &format!("read: {}", kind(&error)))),
         }
     }
+}
+
+/// `pod-app hold`.
+pub(crate) fn hold(args: &Hold) -> Result<HoldReport> {
+    let timeout = Some(Duration::from_secs(args.timeout));
+    let stream = TcpStream::connect(args.to).context("connect")?;
+    stream.set_read_timeout(timeout)?;
+    stream.set_write_timeout(timeout)?;
+    let mut lines = BufReader::new(&stream);
+    let mut report = HoldReport::default();
+    while args.file.exists() {
+        let sent = format!("{} {}\n", report.lines, std::process::id());
+        (&stream).write_all(sent.as_bytes()).with_context(|| format!("write line {}", report.lines))?;
+        let mut back = String::new();
+        lines.read_line(&mut back).with_context(|| format!("read line {}", report.lines))?;
+        ensure!(back == sent, "sent {sent:?} and got {back:?}");
+        report.lines += 1;
+        thread::sleep(Duration::from_millis(5));
+    }
+    stream.shutdown(Shutdown::Write).context("shutdown")?;
+    let mut rest = String::new();
+    lines.read_to_string(&mut rest).context("read the end")?;
+    ensure!(rest == "bye\n", "the end was {rest:?}");
+    Ok(report)
 }
 
 /// A stable word for an error, whatever the language of the system.

@@ -22,6 +22,7 @@ fn main() -> Result<()> {
         Command::Udp(args) => serde_json::to_string(&client::udp(&args)?)?,
         Command::Bulk(args) => serde_json::to_string(&bulk::client(&args)?)?,
         Command::Dial(args) => client::dial(&args)?,
+        Command::Hold(args) => serde_json::to_string(&client::hold(&args)?)?,
     };
     println!("{report}");
     Ok(())

@@ -24,6 +24,8 @@ pub(crate) enum Command {
     Bulk(Bulk),
     /// Open one connection, send one line or nothing, print what comes back.
     Dial(Dial),
+    /// Keep one connection to an `echo` server busy for as long as a file exists, and verify each line.
+    Hold(Hold),
 }
 
 #[derive(Debug, Args)]
@@ -155,5 +157,18 @@ pub(crate) struct Dial {
     pub(crate) fill: Option<u64>,
     /// Seconds to wait for data and for the end.
     #[arg(long, default_value_t = 5)]
+    pub(crate) timeout: u64,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Hold {
+    /// The address to dial.
+    #[arg(long)]
+    pub(crate) to: SocketAddr,
+    /// The file.
+    #[arg(long = "while")]
+    pub(crate) file: std::path::PathBuf,
+    /// Seconds to wait for each line.
+    #[arg(long, default_value_t = 30)]
     pub(crate) timeout: u64,
 }
