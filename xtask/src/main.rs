@@ -1,8 +1,9 @@
-//! The project's own commands: set up the tool chain, build, test, tidy, demo.
+//! The project's own commands: set up the tool chain, build, test, tidy, demo, bench.
 //!
 //! Everything that CI runs is a command here, so that it can be run by hand the same way. Light on purpose: it
 //! depends on no crate of the workspace, so that it builds on a machine that cannot build the rest yet.
 
+mod bench;
 mod commands;
 mod demo;
 mod setup;
@@ -42,6 +43,8 @@ enum Command {
     },
     /// Run two nodes with real traffic on this machine and show what happens.
     Demo(demo::Options),
+    /// Measure, side by side with a plain path and with other proxies: `cargo xtask bench l4`.
+    Bench(bench::Options),
 }
 
 fn main() -> ExitCode {
@@ -65,5 +68,6 @@ fn run(command: Command) -> Result<()> {
         Command::Tidy => tidy::run(),
         Command::Codegen { check } => commands::codegen(check),
         Command::Demo(options) => demo::run(&options),
+        Command::Bench(options) => bench::run(&options),
     }
 }
