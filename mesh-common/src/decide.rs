@@ -4,7 +4,7 @@
 
 use crate::code::{counter, deny, inbound, port, proto, verdict};
 use crate::net::{Endpoint, Ip};
-use crate::value;
+use crate::{key, value};
 
 /// What becomes of a connect or of a datagram.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -13,8 +13,13 @@ pub enum Outbound {
     Pass,
     /// To a backend of the set that the frontend names.
     Balance,
-    /// To the daemon's listener in the pod.
-    Proxy(Endpoint),
+    /// To the daemon, unless a cached verdict makes it unnecessary.
+    Proxy {
+        /// The daemon's listener in the pod.
+        listener: Endpoint,
+        /// What stands in for the daemon while it is away: `code::verdict`, DIRECT or DENY.
+        fallback: u8,
+    },
     /// Refused, with a `code::deny`.
     Deny(u8),
 }
@@ -32,7 +37,7 @@ pub fn frontend(pod: &value::Pod, dst: &Ip, ip_proto: u8, frontend: &value::Fron
         verdict::DIRECT if frontend.count == 0 => Outbound::Deny(deny::NO_ENDPOINTS),
         verdict::DIRECT => Outbound::Balance,
         verdict::PROXY if ip_proto != proto::TCP => Outbound::Deny(deny::UDP_NOT_PROXIED),
-        verdict::PROXY => proxy(pod, dst),
+        verdict::PROXY => proxy(pod, dst, frontend.fallback),
         verdict::DENY => Outbound::Deny(frontend.reason),
         _ => Outbound::Deny(deny::BAD_VERDICT),
     }
@@ -43,7 +48,7 @@ pub fn frontend(pod: &value::Pod, dst: &Ip, ip_proto: u8, frontend: &value::Fron
 pub fn destination(pod: &value::Pod, dst: &Ip, destination: &value::Destination) -> Outbound {
     match destination.verdict {
         verdict::DIRECT => Outbound::Pass,
-        verdict::PROXY => proxy(pod, dst),
+        verdict::PROXY => proxy(pod, dst, destination.fallback),
         verdict::DENY => Outbound::Deny(destination.reason),
         _ => Outbound::Deny(deny::BAD_VERDICT),
     }
@@ -51,14 +56,56 @@ pub fn destination(pod: &value::Pod, dst: &Ip, destination: &value::Destination)
 
 /// The daemon's listener of the destination's family. A pod without one must not get past the proxy.
 #[inline(always)]
-fn proxy(pod: &value::Pod, dst: &Ip) -> Outbound {
+fn proxy(pod: &value::Pod, dst: &Ip, fallback: u8) -> Outbound {
     let (addr, port) =
         if dst.is_v4() { (pod.addr_v4, pod.outbound_v4) } else { (pod.addr_v6, pod.outbound_v6) };
     if port.is_some() {
-        Outbound::Proxy(Endpoint::new(addr, port))
+        Outbound::Proxy { listener: Endpoint::new(addr, port), fallback }
     } else {
         Outbound::Deny(deny::NO_CAPTURE_ADDRESS)
     }
+}
+
+/// Whether the frontend names a set of backends to choose from.
+#[inline(always)]
+pub fn has_backends(frontend: &value::Frontend) -> bool {
+    frontend.count > 0 && (frontend.verdict == verdict::DIRECT || frontend.verdict == verdict::PROXY)
+}
+
+/// Whether a connection may go straight to its target while the daemon is away. `has_target` is false for a service of
+/// which the kernel knows no backend.
+#[inline(always)]
+pub fn away_direct(fallback: u8, has_target: bool) -> bool {
+    fallback == verdict::DIRECT && has_target
+}
+
+/// Slots of one chunk of a Maglev table.
+pub const MAGLEV_CHUNK: u32 = 256;
+
+/// The position in a Maglev table of `size` slots for a client and a service. The set of backends has no part in it, so
+/// that a client comes to the same place when the set changes.
+#[inline(always)]
+pub fn maglev_position(client: &Ip, service: &key::Frontend, size: u32) -> u32 {
+    let pair = |high: u32, low: u32| ((high as u64) << 32) | low as u64;
+    let mut hash = pair(service.port.be as u32, service.proto as u32);
+    for word in [
+        pair(client.words[0], client.words[1]),
+        pair(client.words[2], client.words[3]),
+        pair(service.addr.words[0], service.addr.words[1]),
+        pair(service.addr.words[2], service.addr.words[3]),
+    ] {
+        hash = mix(hash ^ word);
+    }
+    cell((hash >> 32) as u32, size)
+}
+
+/// Spreads neighbouring numbers over all numbers: a step and the finaliser of SplitMix64 (Steele, Lea and Flood, 2014).
+#[inline(always)]
+pub const fn mix(number: u64) -> u64 {
+    let mut z = number.wrapping_add(0x9e37_79b9_7f4a_7c15);
+    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ (z >> 31)
 }
 
 /// The alias table's cell for a random number. `count` must not be 0.
@@ -74,15 +121,10 @@ pub fn slot(draw: u32, cell: u32, backend: &value::Backend) -> u32 {
 }
 
 /// The two draws of a client with session affinity. Not random: two connects that race for the first choice come to
-/// the same backend, whichever of them is remembered. The finaliser of SplitMix64 (Steele, Lea and Flood, 2014)
-/// spreads neighbouring cookies over all backends.
+/// the same backend, whichever of them is remembered; neighbouring cookies spread over all backends.
 #[inline(always)]
 pub fn sticky_draws(cookie: u64, set: u64) -> (u32, u32) {
-    let mut z =
-        cookie.wrapping_add(set.wrapping_mul(0x9e37_79b9_7f4a_7c15)).wrapping_add(0x9e37_79b9_7f4a_7c15);
-    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    z ^= z >> 31;
+    let z = mix(cookie.wrapping_add(set.wrapping_mul(0x9e37_79b9_7f4a_7c15)));
     (z as u32, (z >> 32) as u32)
 }
 
@@ -157,11 +199,12 @@ pub fn strict(pod: &value::Inbound, port: Option<&value::InboundPort>) -> bool {
     flags & inbound::STRICT != 0
 }
 
-/// The rest of the decision. `probe` and `listens` come from the maps.
+/// The rest of the decision. `vouched` (the `code::counter` of what this node itself vouches for: a probe, or a local
+/// connection that a verdict allows) and `listens` come from the maps.
 #[inline(always)]
-pub fn inbound_open(probe: bool, listens: bool, strict: bool) -> Inbound {
-    if probe {
-        Inbound::Pass(counter::INBOUND_PROBE)
+pub fn inbound_open(vouched: Option<u32>, listens: bool, strict: bool) -> Inbound {
+    if let Some(outcome) = vouched {
+        Inbound::Pass(outcome)
     } else if listens {
         Inbound::Steer
     } else if strict {
@@ -171,7 +214,7 @@ pub fn inbound_open(probe: bool, listens: bool, strict: bool) -> Inbound {
     }
 }
 
-/// What becomes of a connection that could not be steered since the daemon has no listener.
+/// What becomes of a connection that could not be steered since the daemon is away or has no listener.
 #[inline(always)]
 pub fn inbound_unsteered(strict: bool) -> Inbound {
     if strict { Inbound::Drop(deny::NO_DAEMON) } else { Inbound::Pass(counter::INBOUND_CLOSED) }
@@ -222,7 +265,7 @@ mod tests {
     }
 
     fn service(verdict: u8, reason: u8, count: u32) -> value::Frontend {
-        value::Frontend { verdict, reason, count, ..value::Frontend::zeroed() }
+        value::Frontend { verdict, reason, count, fallback: verdict::DENY, ..value::Frontend::zeroed() }
     }
 
     #[test]
@@ -239,7 +282,13 @@ mod tests {
                 service(verdict::DIRECT, 0, 0),
                 Outbound::Deny(deny::NO_ENDPOINTS),
             ),
-            ("proxy", v4, proto::TCP, service(verdict::PROXY, 0, 0), Outbound::Proxy(listener)),
+            (
+                "proxy",
+                v4,
+                proto::TCP,
+                service(verdict::PROXY, 0, 0),
+                Outbound::Proxy { listener, fallback: verdict::DENY },
+            ),
             (
                 "proxy v6",
                 v6,
@@ -268,6 +317,42 @@ mod tests {
             "no fail-open default"
         );
         assert!(dials_itself(&pod(), &ip("10.0.0.7")) && !dials_itself(&pod(), &v4));
+    }
+
+    #[test]
+    fn only_what_takes_plaintext_goes_direct_without_the_daemon() {
+        for (fallback, has_target, expected) in [
+            (verdict::DIRECT, true, true),
+            (verdict::DIRECT, false, false),
+            (verdict::DENY, true, false),
+            (verdict::PROXY, true, false),
+            (0, true, false),
+        ] {
+            assert_eq!(away_direct(fallback, has_target), expected, "{fallback} {has_target}");
+        }
+        assert!(
+            has_backends(&service(verdict::PROXY, 0, 2)) && has_backends(&service(verdict::DIRECT, 0, 1))
+        );
+        assert!(
+            !has_backends(&service(verdict::PROXY, 0, 0)) && !has_backends(&service(verdict::DENY, 0, 2))
+        );
+    }
+
+    #[test]
+    fn clients_spread_evenly_over_a_maglev_table_and_services_do_not_matter_to_each_other() {
+        let service = |port| key::Frontend::new(ip("10.96.0.1"), NetPort::new(port), proto::TCP);
+        let client = |n: u32| Ip::v4((0x0a01_0000 + n).to_be());
+        let mut hits = [0_u32; 251];
+        let mut same = 0;
+        for n in 0..50_200 {
+            let position = maglev_position(&client(n), &service(80), 251);
+            hits[position as usize] += 1;
+            same += u32::from(position == maglev_position(&client(n), &service(81), 251));
+        }
+        // 200 expected in each place, standard deviation 14: six of them on either side.
+        assert!(hits.iter().all(|n| (115..285).contains(n)), "{hits:?}");
+        assert!((115..285).contains(&same), "{same}");
+        assert!(maglev_position(&ip("fd00::1"), &service(80), 65_521) < 65_521);
     }
 
     #[test]
@@ -324,14 +409,15 @@ mod tests {
         let closed = value::InboundPort { flags: inbound::STRICT };
         assert!(strict(&strict_pod, None) && !strict(&strict_pod, Some(&open)));
         assert!(!strict(&target, None) && strict(&target, Some(&closed)));
-        for (probe, listens, strict, expected) in [
-            (true, true, true, Inbound::Pass(counter::INBOUND_PROBE)),
-            (false, true, true, Inbound::Steer),
-            (false, true, false, Inbound::Steer),
-            (false, false, true, Inbound::Drop(deny::CLOSED_PORT)),
-            (false, false, false, Inbound::Pass(counter::INBOUND_CLOSED)),
+        for (vouched, listens, strict, expected) in [
+            (Some(counter::INBOUND_PROBE), true, true, Inbound::Pass(counter::INBOUND_PROBE)),
+            (Some(counter::INBOUND_FLOW), false, true, Inbound::Pass(counter::INBOUND_FLOW)),
+            (None, true, true, Inbound::Steer),
+            (None, true, false, Inbound::Steer),
+            (None, false, true, Inbound::Drop(deny::CLOSED_PORT)),
+            (None, false, false, Inbound::Pass(counter::INBOUND_CLOSED)),
         ] {
-            assert_eq!(inbound_open(probe, listens, strict), expected);
+            assert_eq!(inbound_open(vouched, listens, strict), expected);
         }
         assert_eq!(inbound_unsteered(true), Inbound::Drop(deny::NO_DAEMON));
     }

@@ -1,26 +1,27 @@
-//! Picks a backend: session affinity first, then the weighted random choice.
+//! Picks a backend: session affinity first, then the choice by weight, random or by consistent hash (Maglev).
 
 use crate::{
     ctx, find,
-    maps::{self, AFFINITY, BACKENDS, FRONTENDS, MEMBERS},
+    maps::{self, AFFINITY, BACKENDS, FRONTENDS, MAGLEV, MEMBERS},
     report::count,
 };
 use mesh_common::{
-    code::{counter, deny, verdict},
+    code::{counter, deny},
     decide, key,
     net::Endpoint,
     value,
 };
 
-/// A backend for a client of the network namespace `cookie`, or a `code::deny`.
+/// A backend for a client in the network namespace `cookie`, or a `code::deny`.
 #[inline(always)]
 pub(crate) fn backend(
     cookie: u64,
+    pod: &value::Pod,
     service: &key::Frontend,
     frontend: &value::Frontend,
 ) -> Result<Endpoint, u8> {
     if frontend.affinity_ns == 0 {
-        return pick(cookie, service, frontend, false);
+        return pick(cookie, pod, service, frontend, false);
     }
     let client = key::Affinity::new(cookie, *service);
     let now = ctx::now();
@@ -32,7 +33,7 @@ pub(crate) fn backend(
         count(counter::AFFINITY_HIT);
         return Ok(entry.backend);
     }
-    let backend = pick(cookie, service, frontend, true)?;
+    let backend = pick(cookie, pod, service, frontend, true)?;
     remember(&client, now, backend);
     count(counter::AFFINITY_MISS);
     Ok(backend)
@@ -52,31 +53,46 @@ fn remember(client: &key::Affinity, now: u64, backend: Endpoint) {
     }
 }
 
-/// The choice by weight, random or (with affinity) fixed for the client. A set that vanishes between the two look-ups
-/// was replaced: the frontend names the new one.
+/// The choice by weight: by hash of the client, random, or (with affinity) drawn for the client. A set that vanishes
+/// between the look-ups was replaced: the frontend names the new one.
 #[inline(always)]
 fn pick(
     cookie: u64,
+    pod: &value::Pod,
     service: &key::Frontend,
     frontend: &value::Frontend,
     sticky: bool,
 ) -> Result<Endpoint, u8> {
-    let draws = |set| if sticky { decide::sticky_draws(cookie, set) } else { (ctx::random(), ctx::random()) };
-    if let Some(backend) = draw(frontend.set, frontend.count, draws(frontend.set)) {
+    if let Some(backend) = choose(cookie, pod, service, frontend, sticky) {
         return Ok(backend);
     }
     count(counter::BACKEND_RETRY);
     match find!(FRONTENDS, service) {
-        Some(frontend) if frontend.verdict == verdict::DIRECT && frontend.count == 0 => {
-            Err(deny::NO_ENDPOINTS)
+        Some(frontend) if decide::has_backends(frontend) => {
+            choose(cookie, pod, service, frontend, sticky).ok_or(deny::BACKEND_GONE)
         }
-        Some(frontend) if frontend.verdict == verdict::DIRECT => {
-            draw(frontend.set, frontend.count, draws(frontend.set)).ok_or(deny::BACKEND_GONE)
-        }
+        Some(frontend) if frontend.count == 0 => Err(deny::NO_ENDPOINTS),
         _ => Err(deny::BACKEND_GONE),
     }
 }
 
+#[inline(always)]
+fn choose(
+    cookie: u64,
+    pod: &value::Pod,
+    service: &key::Frontend,
+    frontend: &value::Frontend,
+    sticky: bool,
+) -> Option<Endpoint> {
+    if frontend.maglev != 0 {
+        return maglev(pod, service, frontend);
+    }
+    let draws =
+        if sticky { decide::sticky_draws(cookie, frontend.set) } else { (ctx::random(), ctx::random()) };
+    draw(frontend.set, frontend.count, draws)
+}
+
+/// Weighted, in constant time: Vose's alias table.
 #[inline(always)]
 fn draw(set: u64, count: u32, draws: (u32, u32)) -> Option<Endpoint> {
     let cell = decide::cell(draws.0, count);
@@ -86,4 +102,14 @@ fn draw(set: u64, count: u32, draws: (u32, u32)) -> Option<Endpoint> {
         return Some(backend.endpoint);
     }
     Some(find!(BACKENDS, key::Backend::new(set, slot))?.endpoint)
+}
+
+/// Consistent: the same for a client as long as its backend is there.
+#[inline(always)]
+fn maglev(pod: &value::Pod, service: &key::Frontend, frontend: &value::Frontend) -> Option<Endpoint> {
+    let client = if service.addr.is_v4() { &pod.addr_v4 } else { &pod.addr_v6 };
+    let position = decide::maglev_position(client, service, frontend.maglev);
+    let chunk = find!(MAGLEV, key::Maglev::new(frontend.set, position / decide::MAGLEV_CHUNK))?;
+    let slot = chunk.slots[(position % decide::MAGLEV_CHUNK) as usize];
+    Some(find!(BACKENDS, key::Backend::new(frontend.set, u32::from(slot)))?.endpoint)
 }

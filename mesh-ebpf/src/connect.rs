@@ -3,7 +3,7 @@
 use crate::{
     balance,
     ctx::{self, ALLOW, Family, V4, V6},
-    find,
+    daemon, find,
     maps::{self, DESTINATIONS, FRONTENDS, INBOUND, PODS, SOCKET_FLOW, Storage as _},
     report::{self, count},
 };
@@ -58,58 +58,103 @@ fn connect<F: Family>(ctx: &SockAddrContext) -> i32 {
     } else {
         Outbound::Pass
     };
-    let socket = ctx::socket(ctx);
-    let (target, kind) = match decision {
+    let way = match decision {
         Outbound::Pass => {
-            // A socket that dials again must not show what it dialled before.
-            SOCKET_FLOW.clear(socket);
             count(counter::CONNECT_PASS);
-            report::log_passed(ctx, config, ip_proto, &dst);
-            return ALLOW;
+            return pass(ctx, config, ip_proto, &dst);
         }
         Outbound::Deny(reason) => return deny(ctx, config, cookie, ip_proto, &dst, reason),
-        Outbound::Proxy(listener) => (listener, flow::PROXY),
+        Outbound::Proxy { listener, fallback } => {
+            let target = match frontend {
+                None => dst,
+                Some(frontend) if frontend.count == 0 => Endpoint::NONE,
+                Some(frontend) => match balance::backend(cookie, pod, &service, frontend) {
+                    Ok(backend) => backend,
+                    // The daemon chooses.
+                    Err(_) => Endpoint::NONE,
+                },
+            };
+            if let Some(generation) = daemon::verdict(cookie, &target) {
+                let outcome = counter::CONNECT_LOCAL;
+                Way { target, kind: flow::LOCAL, generation, chosen: Endpoint::NONE, outcome }
+            } else if daemon::serves(ctx, &listener) {
+                let chosen = if frontend.is_some() { target } else { Endpoint::NONE };
+                let outcome = counter::CONNECT_PROXY;
+                Way { target: listener, kind: flow::PROXY, generation: 0, chosen, outcome }
+            } else if !decide::away_direct(fallback, target.port.is_some()) {
+                return deny(ctx, config, cookie, ip_proto, &dst, deny::DAEMON_AWAY);
+            } else if frontend.is_some() {
+                Way::direct(target, counter::AWAY_DIRECT)
+            } else {
+                count(counter::AWAY_DIRECT);
+                return pass(ctx, config, ip_proto, &dst);
+            }
+        }
         Outbound::Balance => {
             // The decision to balance came from a frontend.
             let Some(frontend) = frontend else { return ALLOW };
-            match balance::backend(cookie, &service, frontend) {
-                Ok(backend) => (backend, flow::DIRECT),
+            let outcome = if ip_proto == proto::UDP { counter::UDP_CONNECT } else { counter::CONNECT_DIRECT };
+            match balance::backend(cookie, pod, &service, frontend) {
+                Ok(backend) => Way::direct(backend, outcome),
                 Err(reason) => return deny(ctx, config, cookie, ip_proto, &dst, reason),
             }
         }
     };
     let remembered = SOCKET_FLOW.set(
-        socket,
+        ctx::socket(ctx),
         value::SocketFlow {
             cookie,
             original: dst,
-            actual: target,
-            kind: u32::from(kind),
+            actual: way.target,
+            kind: u32::from(way.kind),
             received_at_fin: 0,
-            generation: 0,
-            chosen: Endpoint::NONE,
+            generation: way.generation,
+            chosen: way.chosen,
             reserved: 0,
         },
     );
     if !remembered {
         count(counter::STORE_FAILED);
-        // Without it the daemon could not tell where the connection wants to go; a direct one only loses its
-        // statistics and shows the backend's address.
-        if kind == flow::PROXY {
+        // Without it the daemon could not tell where the connection wants to go, nor would a target know that it is
+        // allowed; a direct one only loses its statistics and shows the backend's address.
+        if way.kind != flow::DIRECT {
             return deny(ctx, config, cookie, ip_proto, &dst, deny::NO_MEMORY);
         }
     }
-    if !F::rewrite(ctx, &target) {
+    if !F::rewrite(ctx, &way.target) {
         return deny(ctx, config, cookie, ip_proto, &dst, deny::NO_CAPTURE_ADDRESS);
     }
-    count(if ip_proto == proto::UDP {
-        counter::UDP_CONNECT
-    } else if kind == flow::PROXY {
-        counter::CONNECT_PROXY
-    } else {
-        counter::CONNECT_DIRECT
-    });
-    report::log_captured(ctx, config, ip_proto, &dst, &target);
+    count(way.outcome);
+    report::log_captured(ctx, config, ip_proto, &dst, &way.target);
+    ALLOW
+}
+
+/// Where a captured connection goes.
+struct Way {
+    target: Endpoint,
+    /// `code::flow`.
+    kind: u8,
+    /// Of the verdict that allows it, if it is a local one.
+    generation: u64,
+    /// The backend that the daemon is told, or none.
+    chosen: Endpoint,
+    /// `code::counter`.
+    outcome: u32,
+}
+
+impl Way {
+    #[inline(always)]
+    fn direct(target: Endpoint, outcome: u32) -> Self {
+        Self { target, kind: flow::DIRECT, generation: 0, chosen: Endpoint::NONE, outcome }
+    }
+}
+
+/// Leaves a connection as it is.
+#[inline(always)]
+fn pass(ctx: &SockAddrContext, config: &value::Config, ip_proto: u8, dst: &Endpoint) -> i32 {
+    // A socket that dials again must not show what it dialled before.
+    SOCKET_FLOW.clear(ctx::socket(ctx));
+    report::log_passed(ctx, config, ip_proto, dst);
     ALLOW
 }
 
@@ -123,7 +168,7 @@ fn deny(
     reason: u8,
 ) -> i32 {
     SOCKET_FLOW.clear(ctx::socket(ctx));
-    count(counter::CONNECT_DENY);
+    count(if reason == deny::DAEMON_AWAY { counter::AWAY_DENY } else { counter::CONNECT_DENY });
     report::denied(reason, ip_proto, cookie, &Endpoint::NONE, dst, false);
     report::log_denied(ctx, config, reason, ip_proto, dst);
     ctx::refuse()

@@ -5,11 +5,11 @@
 
 use aya_ebpf::{
     EbpfContext as _,
-    bindings::{bpf_sk_lookup, bpf_sock, bpf_sock_addr, bpf_sock_ops},
+    bindings::{BPF_F_CURRENT_NETNS, bpf_sk_lookup, bpf_sock, bpf_sock_addr, bpf_sock_ops, bpf_sock_tuple},
     helpers::{
         bpf_get_current_ancestor_cgroup_id, bpf_get_current_cgroup_id, bpf_get_current_pid_tgid,
         bpf_get_netns_cookie, bpf_get_prandom_u32, bpf_get_socket_cookie, bpf_ktime_get_ns, bpf_set_retval,
-        bpf_sock_ops_cb_flags_set,
+        bpf_sk_release, bpf_skc_lookup_tcp, bpf_sock_ops_cb_flags_set,
     },
     programs::{SkLookupContext, SockAddrContext, SockOpsContext},
 };
@@ -166,6 +166,49 @@ pub(crate) fn refuse() -> i32 {
     REFUSE
 }
 
+/// `bpf_sock_tuple` of IPv4.
+#[repr(C)]
+struct TupleV4 {
+    source: u32,
+    destination: u32,
+    ports: [u16; 2],
+}
+
+/// `bpf_sock_tuple` of IPv6.
+#[repr(C)]
+struct TupleV6 {
+    source: [u32; 4],
+    destination: [u32; 4],
+    ports: [u16; 2],
+}
+
+/// Whether a TCP socket listens at this address of the caller's network namespace. The look-up runs the namespace's
+/// sk_lookup programs: it comes from the same address and from port 0, by which `inbound` knows it.
+#[inline(always)]
+pub(crate) fn listens(ctx: &SockAddrContext, at: &Endpoint) -> bool {
+    let ports = [0, at.port.be];
+    let socket = if at.addr.is_v4() {
+        let word = at.addr.v4_word();
+        let mut tuple = TupleV4 { source: word, destination: word, ports };
+        look_up(ctx, (&raw mut tuple).cast(), size_of::<TupleV4>() as u32)
+    } else {
+        let mut tuple = TupleV6 { source: at.addr.words, destination: at.addr.words, ports };
+        look_up(ctx, (&raw mut tuple).cast(), size_of::<TupleV6>() as u32)
+    };
+    if socket.is_null() {
+        return false;
+    }
+    // SAFETY: the look-up gave a reference to the socket, which is given back exactly once.
+    unsafe { bpf_sk_release(socket.cast()) };
+    true
+}
+
+#[inline(always)]
+fn look_up(ctx: &SockAddrContext, tuple: *mut bpf_sock_tuple, size: u32) -> *mut bpf_sock {
+    // SAFETY: the helper takes a socket-address context and reads `size` bytes of a tuple on the stack.
+    unsafe { bpf_skc_lookup_tcp(ctx.as_ptr(), tuple, size, BPF_F_CURRENT_NETNS as u64, 0) }
+}
+
 /// Whether the calling process is the daemon. By cgroup and not by socket mark, which a container can set.
 #[inline(always)]
 pub(crate) fn is_daemon(config: &value::Config) -> bool {
@@ -257,6 +300,13 @@ pub(crate) fn byte_counts(ctx: &SockOpsContext) -> (u64, u64) {
         read!(ctx.ops, bpf_sock_ops, bytes_acked, 0, "u64", u64),
         read!(ctx.ops, bpf_sock_ops, bytes_received, 0, "u64", u64),
     )
+}
+
+/// Segments that were sent again, and the smoothed round-trip time in microseconds.
+#[inline(always)]
+pub(crate) fn quality(ctx: &SockOpsContext) -> (u32, u32) {
+    // The kernel keeps eighths.
+    (read!(ctx.ops, bpf_sock_ops, total_retrans), read!(ctx.ops, bpf_sock_ops, srtt_us) >> 3)
 }
 
 /// The socket; null unless it is a full one.

@@ -4,8 +4,10 @@
 
 use crate::{
     ctx::{self, Connection},
-    find,
-    maps::{self, INBOUND, INBOUND_PORTS, INBOUND_SOCKETS, LISTENERS, OLD_LISTENERS, PROBE_FLOWS},
+    daemon, find,
+    maps::{
+        self, INBOUND, INBOUND_PORTS, INBOUND_SOCKETS, LISTENERS, LOCAL_FLOWS, OLD_LISTENERS, PROBE_FLOWS,
+    },
     report::{self, count},
 };
 use aya_ebpf::{macros::sk_lookup, programs::SkLookupContext};
@@ -28,6 +30,10 @@ pub(crate) fn inbound(ctx: SkLookupContext) -> u32 {
         return PASS;
     }
     let Connection { local, remote } = &connection;
+    if !remote.port.is_some() && remote.addr.same(&local.addr) {
+        // Nobody arrives: `connect` asks for the daemon's listener.
+        return PASS;
+    }
     let Some(pod) = find!(INBOUND, &local.addr) else {
         count(counter::INBOUND_PASS);
         return PASS;
@@ -35,9 +41,11 @@ pub(crate) fn inbound(ctx: SkLookupContext) -> u32 {
     let mut decision = decide::inbound(pod, &remote.addr, &local.addr, local.port.host());
     if let Inbound::LookFurther = decision {
         let strict = decide::strict(pod, find!(INBOUND_PORTS, local));
-        decision = decide::inbound_open(is_probe(&connection), listens(pod.cookie, &connection), strict);
+        let listens = listens(pod.cookie, &connection);
+        decision = decide::inbound_open(vouched(&connection), listens, strict);
         if let Inbound::Steer = decision {
-            if INBOUND_SOCKETS.redirect_sk_lookup(&ctx, &local.addr, 0).is_ok() {
+            // A daemon that hangs has its listener still.
+            if daemon::beats() && INBOUND_SOCKETS.redirect_sk_lookup(&ctx, &local.addr, 0).is_ok() {
                 count(counter::INBOUND_STEER);
                 return PASS;
             }
@@ -56,6 +64,28 @@ pub(crate) fn inbound(ctx: SkLookupContext) -> u32 {
         }
         // Both were replaced above.
         Inbound::Steer | Inbound::LookFurther => DROP,
+    }
+}
+
+/// The `code::counter` of what this node itself vouches for: a connection that came to be in its kernel, from a pod with
+/// a verdict in force or from a host process.
+#[inline(always)]
+fn vouched(connection: &Connection) -> Option<u32> {
+    if is_allowed_flow(connection) {
+        Some(counter::INBOUND_FLOW)
+    } else if is_probe(connection) {
+        Some(counter::INBOUND_PROBE)
+    } else {
+        None
+    }
+}
+
+/// Whether a verdict lets a pod of this node connect without the daemon.
+#[inline(always)]
+fn is_allowed_flow(connection: &Connection) -> bool {
+    match find!(LOCAL_FLOWS, key::Probe::new(connection.remote, connection.local)) {
+        Some(flow) => daemon::is_current(flow.generation),
+        None => false,
     }
 }
 

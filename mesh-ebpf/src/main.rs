@@ -9,7 +9,7 @@
 //! | `inbound` | network namespace | [`inbound`]: steers plaintext to the daemon (sk_lookup) |
 //!
 //! The decisions are in `mesh_common::decide`; here are the context reads, the look-ups and the writes. Deliberately
-//! absent: the daemon's heartbeat, the same-node verdict cache, anything per packet.
+//! absent: anything per packet.
 #![cfg_attr(target_arch = "bpf", no_std, no_main)]
 // For the atomic addition; see `maps::Shared`.
 #![cfg_attr(target_arch = "bpf", feature(asm_experimental_arch))]
@@ -24,6 +24,8 @@ mod balance;
 mod connect;
 #[cfg(target_arch = "bpf")]
 mod ctx;
+#[cfg(target_arch = "bpf")]
+mod daemon;
 #[cfg(target_arch = "bpf")]
 mod inbound;
 #[cfg(target_arch = "bpf")]

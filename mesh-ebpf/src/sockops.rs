@@ -8,8 +8,8 @@ use crate::{
     ctx::{self, Connection},
     find,
     maps::{
-        self, CLIENT, CLIENT_FLOWS, DIRECT_STATS, LISTENERS, ORIG_DST, ORIG_DST_FLOWS, PODS, PROBE_FLOWS,
-        SOCKET_FLOW, Shared, Storage as _,
+        self, CLIENT, CLIENT_FLOWS, DIRECT_STATS, LISTENERS, LOCAL_FLOWS, ORIG_DST, ORIG_DST_FLOWS, PODS,
+        PROBE_FLOWS, SOCKET_FLOW, Shared, Storage as _,
     },
     report::count,
 };
@@ -17,7 +17,8 @@ use aya_ebpf::{
     bindings::{
         BPF_NOEXIST, BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB, BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB,
         BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_STATE_CB_FLAG, BPF_SOCK_OPS_TCP_CONNECT_CB,
-        BPF_SOCK_OPS_TCP_LISTEN_CB, BPF_TCP_CLOSE, BPF_TCP_FIN_WAIT2, BPF_TCP_LISTEN, bpf_sock,
+        BPF_SOCK_OPS_TCP_LISTEN_CB, BPF_TCP_CLOSE, BPF_TCP_FIN_WAIT2, BPF_TCP_LISTEN, BPF_TCP_SYN_SENT,
+        bpf_sock,
     },
     macros::sock_ops,
     programs::SockOpsContext,
@@ -66,6 +67,9 @@ fn connecting(ctx: &SockOpsContext) {
                 value::OriginalDst { original: dialled.original, chosen: dialled.chosen },
                 0,
             )
+        } else if dialled.kind == u32::from(flow::LOCAL) {
+            publish_local(ctx, dialled, &key::Probe::new(local, remote));
+            Ok(())
         } else if dialled.kind == u32::from(flow::PROBE) {
             PROBE_FLOWS.insert(key::Probe::new(local, remote), value::Probe { seen_ns: ctx::now() }, 0)
         } else {
@@ -82,6 +86,23 @@ fn connecting(ctx: &SockOpsContext) {
             count(counter::STORE_FAILED);
         }
     }
+}
+
+/// Opens the way through the target's sk_lookup program, until the connection ends.
+#[inline(always)]
+fn publish_local(ctx: &SockOpsContext, dialled: &value::SocketFlow, key: &key::Probe) {
+    let flow = value::LocalFlow {
+        cookie: dialled.cookie,
+        generation: dialled.generation,
+        opened_ns: ctx::now(),
+        original: dialled.original,
+        reserved: 0,
+    };
+    if LOCAL_FLOWS.insert(key, flow, 0).is_err() {
+        count(counter::LOCAL_FLOWS_FULL);
+    }
+    // Also of a connection that never comes about.
+    ctx::change_flags(ctx, BPF_SOCK_OPS_STATE_CB_FLAG, 0);
 }
 
 /// A server's new socket.
@@ -119,7 +140,7 @@ fn store<T: Copy>(map: &aya_ebpf::btf_maps::SkStorage<T>, socket: *mut bpf_sock,
 /// A client's connection is established.
 #[inline(always)]
 fn connected(ctx: &SockOpsContext) {
-    let Some(dialled) = direct_socket(ctx::sock_ops_socket(ctx)) else { return };
+    let Some(dialled) = counted_socket(ctx::sock_ops_socket(ctx)) else { return };
     count(counter::DIRECT_OPENED);
     if let Some(row) = direct_row(&row_key(dialled)) {
         row.opened(1);
@@ -166,27 +187,36 @@ fn state_changed(ctx: &SockOpsContext) {
             count.add(-1);
         }
     } else if new == BPF_TCP_FIN_WAIT2 {
-        let Some(dialled) = direct_socket(ctx::sock_ops_socket(ctx)) else { return };
+        let Some(dialled) = counted_socket(ctx::sock_ops_socket(ctx)) else { return };
         dialled.received_at_fin = ctx::byte_counts(ctx).1 as u32;
     } else if new == BPF_TCP_CLOSE {
-        let Some(dialled) = direct_socket(ctx::sock_ops_socket(ctx)) else { return };
+        let Some(dialled) = counted_socket(ctx::sock_ops_socket(ctx)) else { return };
+        if dialled.kind == u32::from(flow::LOCAL) {
+            let Connection { local, remote } = ctx::connection(ctx);
+            let _: Result<(), i32> = LOCAL_FLOWS.remove(key::Probe::new(local, remote));
+            if old == BPF_TCP_SYN_SENT {
+                // It never came about.
+                return;
+            }
+        }
         let (acked, received) = ctx::byte_counts(ctx);
         let (sent, received) = decide::app_bytes(acked, received, old, dialled.received_at_fin);
         count(counter::DIRECT_CLOSED);
         if let Some(row) = direct_row(&row_key(dialled)) {
-            row.closed(sent, received);
+            row.closed(sent, received, ctx::quality(ctx));
         }
     }
 }
 
-/// The storage of a client that was balanced in the kernel.
+/// The storage of a client whose connection goes without the daemon and is counted here.
 #[inline(always)]
-fn direct_socket(socket: *mut bpf_sock) -> Option<&'static mut value::SocketFlow> {
+fn counted_socket(socket: *mut bpf_sock) -> Option<&'static mut value::SocketFlow> {
     if socket.is_null() {
         return None;
     }
     let dialled = SOCKET_FLOW.of(socket)?;
-    if dialled.kind == u32::from(flow::DIRECT) { Some(dialled) } else { None }
+    let counted = dialled.kind == u32::from(flow::DIRECT) || dialled.kind == u32::from(flow::LOCAL);
+    if counted { Some(dialled) } else { None }
 }
 
 #[inline(always)]
@@ -232,12 +262,23 @@ impl Row {
     }
 
     #[inline(always)]
-    fn closed(&self, sent: u64, received: u64) {
+    fn closed(&self, sent: u64, received: u64, (retransmits, rtt_us): (u32, u32)) {
         // SAFETY: as in `listener`.
         let (closed, sent_sum, received_sum) =
             unsafe { (&raw mut (*self.0).closed, &raw mut (*self.0).sent, &raw mut (*self.0).received) };
         Shared(closed).add(1);
         Shared(sent_sum).add(sent as i64);
         Shared(received_sum).add(received as i64);
+        // SAFETY: as in `listener`.
+        let (retransmits_sum, rtt_sum, rtt_count) = unsafe {
+            (&raw mut (*self.0).retransmits, &raw mut (*self.0).rtt_us, &raw mut (*self.0).rtt_count)
+        };
+        if retransmits > 0 {
+            Shared(retransmits_sum).add(i64::from(retransmits));
+        }
+        if rtt_us > 0 {
+            Shared(rtt_sum).add(i64::from(rtt_us));
+            Shared(rtt_count).add(1);
+        }
     }
 }

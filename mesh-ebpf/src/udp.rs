@@ -54,14 +54,14 @@ fn send<F: Family>(ctx: &SockAddrContext) -> i32 {
     match decide::frontend(pod, &dst.addr, proto::UDP, frontend) {
         Outbound::Pass => return ALLOW,
         Outbound::Deny(reason) => return deny(ctx, config, cookie, &dst, reason),
-        Outbound::Proxy(_) => return deny(ctx, config, cookie, &dst, deny::UDP_NOT_PROXIED),
+        Outbound::Proxy { .. } => return deny(ctx, config, cookie, &dst, deny::UDP_NOT_PROXIED),
         Outbound::Balance => {}
     }
     let socket = ctx::socket_cookie(ctx);
     let sticky = key::Udp::new(socket, dst);
     let backend = match maps::copy(UDP_STICKY.get_ptr(&sticky)) {
         Some(backend) if balance::is_member(frontend.set, &backend) => backend,
-        _ => match balance::backend(cookie, &service, frontend) {
+        _ => match balance::backend(cookie, pod, &service, frontend) {
             Ok(backend) => {
                 if UDP_STICKY.insert(&sticky, backend, 0).is_err() {
                     count(counter::STORE_FAILED);

@@ -123,8 +123,10 @@ pub fn lower(intent: &Intent) -> (BpfState, Vec<Issue>) {
         match state.destinations.entry(destination.addr.into()) {
             Entry::Occupied(mut other) => {
                 issues.push(Issue::DuplicateDestination(destination.addr));
-                if row.verdict > other.get().verdict {
-                    other.insert(row);
+                let other = other.get_mut();
+                other.fallback = other.fallback.max(row.fallback);
+                if row.verdict > other.verdict {
+                    (other.verdict, other.reason) = (row.verdict, row.reason);
                 }
             }
             Entry::Vacant(vacant) => {
@@ -138,7 +140,7 @@ pub fn lower(intent: &Intent) -> (BpfState, Vec<Issue>) {
     (state, issues)
 }
 
-// Where two claim one destination the stricter verdict wins, which is then the higher code.
+// Where two claim one destination the stricter verdict and fallback win, which are the higher codes.
 const _: () = assert!(verdict::DIRECT < verdict::PROXY && verdict::PROXY < verdict::DENY);
 
 fn verdict_codes(verdict: Verdict) -> (u8, u8) {
@@ -175,10 +177,13 @@ fn lower_frontend(
     let (verdict, reason) = verdict_codes(frontend.verdict);
     let mut row =
         value::Frontend { verdict, reason, fallback: away_code(frontend.away), ..value::Frontend::zeroed() };
-    if frontend.verdict == Verdict::Direct {
+    if !matches!(frontend.verdict, Verdict::Deny(_)) {
         let set = backend_set(service, &frontend.backends, issues);
         if set.is_empty() {
-            (row.verdict, row.reason) = (verdict::DENY, deny::NO_ENDPOINTS);
+            // The daemon may know more endpoints than the kernel can reach.
+            if frontend.verdict == Verdict::Direct {
+                (row.verdict, row.reason) = (verdict::DENY, deny::NO_ENDPOINTS);
+            }
         } else {
             // A set that long would not fit into the map, whose refusal then names the frontend's set.
             row.count = u32::try_from(set.len()).unwrap_or(u32::MAX);
@@ -409,36 +414,50 @@ mod tests {
     }
 
     #[test]
-    fn only_balanced_frontends_have_a_set() {
+    fn frontends_that_are_not_denied_have_a_set_if_there_are_backends() {
         let mut proxied = direct("10.96.0.1:80", vec![backend("10.0.0.1:80", 1)]);
         proxied.verdict = Verdict::Proxy;
         proxied.affinity = Some(Duration::from_secs(9));
+        let mut blind = direct("10.96.0.4:80", vec![]);
+        blind.verdict = Verdict::Proxy;
+        blind.away = Away::Direct;
         let mut denied = direct("10.96.0.2:80", vec![]);
         denied.verdict = Verdict::Deny(DenyReason::Policy);
         let mut balanced = direct("10.96.0.3:80", vec![backend("10.0.0.1:80", 1)]);
         balanced.affinity = Some(Duration::from_secs(9));
-        let (state, _) = lower(&Intent { frontends: vec![proxied, denied, balanced], ..Intent::default() });
+        let (state, _) =
+            lower(&Intent { frontends: vec![proxied, denied, balanced, blind], ..Intent::default() });
         let row = |addr| *frontend_row(&state, addr);
         let zero = value::Frontend { fallback: verdict::DENY, ..value::Frontend::zeroed() };
-        assert_eq!(row("10.96.0.1:80"), value::Frontend { verdict: verdict::PROXY, ..zero });
+        assert_eq!(
+            row("10.96.0.4:80"),
+            value::Frontend { verdict: verdict::PROXY, fallback: verdict::DIRECT, ..zero }
+        );
         assert_eq!(
             row("10.96.0.2:80"),
             value::Frontend { verdict: verdict::DENY, reason: deny::POLICY, ..zero }
         );
-        let balanced = row("10.96.0.3:80");
-        assert_eq!((balanced.set, balanced.count, balanced.affinity_ns), (1, 1, 9_000_000_000));
+        for (service, verdict) in [("10.96.0.1:80", verdict::PROXY), ("10.96.0.3:80", verdict::DIRECT)] {
+            let row = row(service);
+            assert_eq!(
+                (row.verdict, row.set, row.count, row.affinity_ns),
+                (verdict, 1, 1, 9_000_000_000),
+                "{service}"
+            );
+        }
     }
 
     #[test]
     fn the_stricter_verdict_holds_for_an_address_claimed_twice() {
         let addr = "10.0.0.1".parse().unwrap();
-        let claim = |verdict| Destination { addr, verdict, away: Away::Deny };
+        let claim = |verdict, away| Destination { addr, verdict, away };
         for destinations in [
-            vec![claim(Verdict::Direct), claim(Verdict::Proxy)],
-            vec![claim(Verdict::Proxy), claim(Verdict::Direct)],
+            vec![claim(Verdict::Direct, Away::Deny), claim(Verdict::Proxy, Away::Direct)],
+            vec![claim(Verdict::Proxy, Away::Direct), claim(Verdict::Direct, Away::Deny)],
         ] {
             let (state, issues) = lower(&Intent { destinations, ..Intent::default() });
-            assert_eq!(state.destinations[&addr.into()].verdict, verdict::PROXY);
+            let row = state.destinations[&addr.into()];
+            assert_eq!((row.verdict, row.fallback), (verdict::PROXY, verdict::DENY));
             assert_eq!(issues, [Issue::DuplicateDestination(addr)]);
         }
     }

@@ -17,6 +17,7 @@ use super::{
     ops::{MapOps, Operation, RowError, RowKey, Table},
 };
 use mesh_common::{
+    code::verdict,
     key,
     net::{Endpoint, Ip},
     pod::Pod,
@@ -275,6 +276,10 @@ impl<M: MapOps> Pass<'_, M> {
                 frontends.insert(*key, *row);
             } else if let Some(id) = ids.get(&row.set) {
                 frontends.insert(*key, value::Frontend { set: *id, ..*row });
+            } else if row.verdict == verdict::PROXY {
+                // The daemon can do without the kernel's choice, but what has to go through it must not go past it.
+                frontends
+                    .insert(*key, value::Frontend { set: 0, count: 0, affinity_ns: 0, maglev: 0, ..*row });
             }
         }
         self.write_rows(Table::Frontends, &frontends, &mut actual.frontends);
@@ -445,7 +450,6 @@ mod tests {
         ops::{Fake, Fault, Faulty},
     };
     use super::*;
-    use mesh_common::code::verdict;
     use mesh_xds::model::Protocol;
     use proptest::prelude::*;
     use std::{error::Error as _, net::IpAddr, time::Duration};
@@ -726,6 +730,22 @@ mod tests {
         let desired = state(vec![direct(1, 0, 2), denied.clone(), direct(3, 300, 3)]);
         reconciler.apply(&desired).unwrap();
         assert_equal(&reconciler.maps().maps, &desired, "repaired");
+    }
+
+    #[test]
+    fn a_proxied_service_whose_backends_do_not_fit_still_goes_to_the_daemon() {
+        let mut reconciler = Reconciler::new(Watched::default());
+        reconciler.maps_mut().maps.capacity.insert(Table::Backends, 3);
+        reconciler.apply(&state(vec![direct(1, 0, 3)])).unwrap();
+        let proxied = frontend(1, Verdict::Proxy, backends((0..4).map(|n| (n, 1))));
+        let desired = state(vec![proxied]);
+        assert!(!reconciler.apply(&desired).unwrap_err().retryable());
+        let actual = Actual::read(&mut reconciler.maps().maps.clone()).unwrap();
+        let rows: Vec<_> = actual.frontends.values().map(|row| (row.verdict, row.count, row.set)).collect();
+        assert_eq!(rows, [(verdict::PROXY, 0, 0)], "without a choice in the kernel");
+        reconciler.maps_mut().maps.capacity.clear();
+        reconciler.apply(&desired).unwrap();
+        assert_equal(&reconciler.maps().maps, &desired, "with room");
     }
 
     #[test]

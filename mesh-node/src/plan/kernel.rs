@@ -45,8 +45,10 @@ fn frontend(world: &World, node: &NodeView, service: &Service, port: &ServicePor
         () => Verdict::Direct,
     };
     let backends = match verdict {
-        Verdict::Direct => chosen.iter().map(|e| Backend { addr: e.addr, weight: e.weight }).collect(),
-        _ => vec![],
+        Verdict::Direct | Verdict::Proxy => {
+            chosen.iter().map(|e| Backend { addr: e.addr, weight: e.weight }).collect()
+        }
+        Verdict::Deny(_) => vec![],
     };
     Frontend {
         addr: vip,
@@ -101,7 +103,7 @@ mod tests {
             verdicts(&world),
             [
                 ("10.96.0.2".to_owned(), 80, Verdict::Direct, 2),
-                ("10.96.0.1".to_owned(), 80, Verdict::Proxy, 0),
+                ("10.96.0.1".to_owned(), 80, Verdict::Proxy, 2),
                 ("10.96.0.3".to_owned(), 80, Verdict::Deny(DenyReason::NoEndpoints), 0),
             ]
         );

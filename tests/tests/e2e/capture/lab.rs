@@ -5,7 +5,8 @@ use anyhow::{Context, Result, ensure};
 use mesh_common::code::Counter;
 use mesh_node::{
     bpf::{
-        Away, Backend, Balancing, CapturedPod, Datapath, Frontend, Intent, LoadOptions, SocketMeta, Verdict,
+        Away, Backend, Balancing, CapturedPod, Datapath, Frontend, Heartbeat, Intent, LoadOptions,
+        SocketMeta, Verdict,
     },
     net::ns::NetNs,
 };
@@ -24,12 +25,17 @@ use std::{
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
+        mpsc,
     },
+    thread::JoinHandle,
+    time::Duration,
 };
 
 /// Connects per outcome and way of connecting.
 pub(super) const MANY: u64 = 20_000;
 pub(super) const RELAY_THREADS: usize = 8;
+
+const BEAT: Duration = Duration::from_millis(250);
 
 /// The relay's view: connections without an original destination, or with a wrong one.
 #[derive(Debug, Default)]
@@ -47,6 +53,36 @@ pub(super) struct Lab<'a> {
     /// Where the relay goes for an original destination.
     pub(super) upstream: BTreeMap<SocketAddr, SocketAddr>,
     pub(super) listeners: Vec<TcpListener>,
+    /// Beats while it is there.
+    pub(super) heart: Option<Heart>,
+}
+
+/// The heartbeat of the daemon that this process plays; it stops, without a word, when this is dropped.
+pub(super) struct Heart {
+    _stop: mpsc::Sender<()>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Heart {
+    pub(super) fn start(heartbeat: Heartbeat) -> Result<Self> {
+        heartbeat.beat()?;
+        let (stop, stopped) = mpsc::channel();
+        let thread = std::thread::spawn(move || {
+            while stopped.recv_timeout(BEAT) == Err(mpsc::RecvTimeoutError::Timeout) {
+                if heartbeat.beat().is_err() {
+                    break;
+                }
+            }
+        });
+        Ok(Self { _stop: stop, thread: Some(thread) })
+    }
+
+    /// After this there is not one beat more.
+    pub(super) fn stop(mut self) {
+        let thread = self.thread.take();
+        drop(self);
+        thread.map(JoinHandle::join);
+    }
 }
 
 impl<'a> Lab<'a> {
@@ -62,6 +98,7 @@ impl<'a> Lab<'a> {
             host_netns_cookie: NetNs::open(&node.netns.path())?.cookie(),
         })
         .map_err(chain)?;
+        let heart = Some(Heart::start(datapath.heartbeat())?);
         Ok(Self {
             cluster,
             datapath,
@@ -69,6 +106,7 @@ impl<'a> Lab<'a> {
             wrong: Arc::default(),
             upstream: BTreeMap::new(),
             listeners: Vec::new(),
+            heart,
         })
     }
 

@@ -1,6 +1,8 @@
 //! The kernel data path alone: this process plays the daemon, with a relay of a few threads instead of the real
 //! outbound and inbound parts. What the apps see is then the work of the BPF programs.
 
+mod away;
+mod fastpath;
 mod lab;
 
 use self::lab::*;
