@@ -12,6 +12,7 @@ mod tidy;
 // Shared with mesh-node's build script, which uses another part of it.
 #[allow(dead_code, unreachable_pub)]
 mod toolchain;
+mod vm;
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
@@ -45,6 +46,8 @@ enum Command {
     Demo(demo::Options),
     /// Measure, side by side with a plain path and with other proxies: `cargo xtask bench l4`.
     Bench(bench::Options),
+    /// Run the end-to-end tests on another kernel, in a virtual machine.
+    Vm(vm::Options),
 }
 
 fn main() -> ExitCode {
@@ -69,5 +72,6 @@ fn run(command: Command) -> Result<()> {
         Command::Codegen { check } => commands::codegen(check),
         Command::Demo(options) => demo::run(&options),
         Command::Bench(options) => bench::run(&options),
+        Command::Vm(options) => vm::run(&options),
     }
 }
