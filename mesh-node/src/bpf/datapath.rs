@@ -65,13 +65,12 @@ const SK_LOOKUP_PROGRAM: &str = "inbound";
 const CGROUP_ROOT_INODE: u64 = 1;
 
 /// Key and value sizes of the maps that are handled as bytes and are not the reconciler's.
-const MAPS: [(&str, usize, usize); 19] = [
+const MAPS: [(&str, usize, usize); 18] = [
     (map::CONFIG, size_of::<u32>(), size_of::<value::Config>()),
     (map::HEARTBEAT, size_of::<u32>(), size_of::<value::Heartbeat>()),
     (map::GENERATION, size_of::<u32>(), size_of::<value::Generation>()),
     (map::VERDICTS, size_of::<key::Verdict>(), size_of::<value::Verdict>()),
     (map::LOCAL_FLOWS, size_of::<key::Probe>(), size_of::<value::LocalFlow>()),
-    (map::MAGLEV, size_of::<key::Maglev>(), size_of::<value::MaglevChunk>()),
     (map::AFFINITY, size_of::<key::Affinity>(), size_of::<value::Affinity>()),
     (map::SOCKET_FLOW, size_of::<u32>(), size_of::<value::SocketFlow>()),
     (map::ORIG_DST, size_of::<u32>(), size_of::<value::OriginalDst>()),
@@ -460,8 +459,8 @@ impl Maps<'_> {
             let (key, value) = table.sizes();
             self.bytes(table.name(), key, value)
         };
-        let [a, b, c, d, e, f, g] = Table::ALL;
-        Ok([table(a)?, table(b)?, table(c)?, table(d)?, table(e)?, table(f)?, table(g)?])
+        let [a, b, c, d, e, f, g, h] = Table::ALL;
+        Ok([table(a)?, table(b)?, table(c)?, table(d)?, table(e)?, table(f)?, table(g)?, table(h)?])
     }
 }
 

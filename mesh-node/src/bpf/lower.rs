@@ -7,7 +7,8 @@
 
 use super::{
     alias,
-    intent::{Away, Backend, CapturedPod, Frontend, Intent, Verdict},
+    intent::{Away, Backend, Balancing, CapturedPod, Frontend, Intent, Verdict},
+    maglev,
     ops::Table,
 };
 use mesh_common::{
@@ -26,14 +27,20 @@ use std::{
     time::Duration,
 };
 
-/// The content of a backend set: its slots in order. Every slot's endpoint is also a member row.
-pub type BackendSet = Arc<[value::Backend]>;
+/// The content of a backend set.
+#[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct BackendSet {
+    /// Its slots in order. Every slot's endpoint is also a member row.
+    pub slots: Arc<[value::Backend]>,
+    /// Its Maglev table, or nothing.
+    pub maglev: Arc<[value::MaglevChunk]>,
+}
 
 /// The rows that the maps should have. Does not depend on the order of the intent's parts, unless they contradict each
 /// other ([`Issue`]).
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct BpfState {
-    /// The backend sets, [`Table::Backends`] and [`Table::Members`], without two of the same content. The numbers
+    /// The backend sets, [`Table::Backends`], [`Table::Members`] and [`Table::Maglev`], without two of the same content. The numbers
     /// count from 1 and mean something in this value only.
     pub sets: BTreeMap<u64, BackendSet>,
     /// [`Table::Frontends`]; `set` is a number of `sets`, or 0 for none.
@@ -52,7 +59,8 @@ impl BpfState {
     /// How many rows a table should have.
     pub fn len(&self, table: Table) -> usize {
         match table {
-            Table::Members | Table::Backends => self.sets.values().map(|set| set.len()).sum(),
+            Table::Members | Table::Backends => self.sets.values().map(|set| set.slots.len()).sum(),
+            Table::Maglev => self.sets.values().map(|set| set.maglev.len()).sum(),
             Table::Frontends => self.frontends.len(),
             Table::Destinations => self.destinations.len(),
             Table::InboundPorts => self.inbound_ports.len(),
@@ -72,6 +80,8 @@ pub enum Issue {
     /// Two captured pods share an address; the one with the higher cookie has it, which as a rule is the younger one
     /// (the kernel hands cookies out in batches per CPU).
     DuplicatePodAddress(IpAddr),
+    /// A service has too many backends for consistent hashing; they are chosen at random.
+    TooManyForMaglev(SocketAddr, usize),
     /// A backend that a client of the frontend cannot reach: another address family, no address, or port 0.
     UnusableBackend(SocketAddr, SocketAddr),
 }
@@ -90,6 +100,13 @@ impl fmt::Display for Issue {
             }
             Self::DuplicatePodAddress(addr) => {
                 write!(f, "two captured pods claim the address {addr}; the one of the higher cookie has it")
+            }
+            Self::TooManyForMaglev(service, backends) => {
+                write!(
+                    f,
+                    "service {service} has {backends} endpoints, too many for consistent hashing; they are chosen at \
+                     random, split the service to have it"
+                )
             }
             Self::UnusableBackend(service, backend) => {
                 write!(
@@ -178,15 +195,16 @@ fn lower_frontend(
     let mut row =
         value::Frontend { verdict, reason, fallback: away_code(frontend.away), ..value::Frontend::zeroed() };
     if !matches!(frontend.verdict, Verdict::Deny(_)) {
-        let set = backend_set(service, &frontend.backends, issues);
-        if set.is_empty() {
+        let (set, maglev) = backend_set(service, frontend, issues);
+        if set.slots.is_empty() {
             // The daemon may know more endpoints than the kernel can reach.
             if frontend.verdict == Verdict::Direct {
                 (row.verdict, row.reason) = (verdict::DENY, deny::NO_ENDPOINTS);
             }
         } else {
             // A set that long would not fit into the map, whose refusal then names the frontend's set.
-            row.count = u32::try_from(set.len()).unwrap_or(u32::MAX);
+            row.count = u32::try_from(set.slots.len()).unwrap_or(u32::MAX);
+            row.maglev = maglev;
             row.affinity_ns = nanoseconds(frontend.affinity.unwrap_or_default());
             sets.entry(set).or_default().push(key);
         }
@@ -194,11 +212,12 @@ fn lower_frontend(
     vacant.insert(row);
 }
 
-/// The slots for these backends: one for each endpoint that clients of the service reach, in the order of addresses.
-fn backend_set(service: SocketAddr, backends: &[Backend], issues: &mut Vec<Issue>) -> BackendSet {
+/// The set for a frontend's backends, and the size of its Maglev table: a slot for each endpoint that clients of the
+/// service reach, in the order of addresses.
+fn backend_set(service: SocketAddr, frontend: &Frontend, issues: &mut Vec<Issue>) -> (BackendSet, u32) {
     let is_v4 = Ip::from(service.ip()).is_v4();
     let mut weights: BTreeMap<Endpoint, u32> = BTreeMap::new();
-    for Backend { addr, weight } in backends {
+    for Backend { addr, weight } in &frontend.backends {
         let endpoint = Endpoint::from(*addr);
         if endpoint.addr.is_v4() != is_v4 || endpoint.addr.is_unspecified() || addr.port() == 0 {
             issues.push(Issue::UnusableBackend(service, *addr));
@@ -207,11 +226,28 @@ fn backend_set(service: SocketAddr, backends: &[Backend], issues: &mut Vec<Issue
             *sum = sum.saturating_add(*weight);
         }
     }
-    let cells = alias::table(&weights.values().copied().collect::<Vec<_>>());
-    let slots = weights.into_keys().zip(cells);
-    slots
-        .map(|(endpoint, cell)| value::Backend { endpoint, threshold: cell.threshold, alias: cell.alias })
-        .collect()
+    let weights: Vec<(Endpoint, u32)> = weights.into_iter().collect();
+    let mut set = BackendSet::default();
+    let mut size = 0;
+    if frontend.balancing == Balancing::Maglev && !weights.is_empty() {
+        match maglev::size(weights.len()) {
+            Some(fitting) => {
+                size = fitting;
+                set.maglev = maglev::chunks(&maglev::table(&weights, size));
+            }
+            None => issues.push(Issue::TooManyForMaglev(service, weights.len())),
+        }
+    }
+    let cells = alias::table(&weights.iter().map(|(_, weight)| *weight).collect::<Vec<_>>());
+    let slots = weights.into_iter().zip(cells);
+    set.slots = slots
+        .map(|((endpoint, _), cell)| value::Backend {
+            endpoint,
+            threshold: cell.threshold,
+            alias: cell.alias,
+        })
+        .collect();
+    (set, size)
 }
 
 /// Nanoseconds for the kernel; a timeout of centuries is as good as the largest number.
@@ -259,7 +295,7 @@ fn lower_pod(pod: &CapturedPod, state: &mut BpfState, issues: &mut Vec<Issue>) {
 
 #[cfg(test)]
 mod tests {
-    use super::super::intent::{Balancing, Destination};
+    use super::super::intent::Destination;
     use super::*;
     use mesh_common::{code::DenyReason, decide};
 
@@ -381,6 +417,7 @@ mod tests {
         let (state, _) =
             lower(&Intent { frontends: vec![direct("10.96.0.1:80", backends)], ..Intent::default() });
         let set = &state.sets[&frontend_row(&state, "10.96.0.1:80").set];
+        let set = &set.slots;
         let endpoints: Vec<String> = set.iter().map(|slot| slot.endpoint.to_string()).collect();
         assert_eq!(endpoints, ["10.0.0.1:80", "10.0.0.2:80"]);
         // 1 of 4 is half of the first of two cells; the second cell and the other half are the second backend's.
@@ -389,14 +426,39 @@ mod tests {
     }
 
     #[test]
+    fn maglev_has_a_table_of_its_own_until_there_are_too_many() {
+        let hashed = |addr: &str, count: u32, verdict| Frontend {
+            balancing: Balancing::Maglev,
+            verdict,
+            ..direct(addr, many(count))
+        };
+        let frontends = vec![
+            hashed("10.96.0.1:80", 3, Verdict::Direct),
+            hashed("10.96.0.2:80", 3, Verdict::Proxy),
+            direct("10.96.0.3:80", many(3)),
+            hashed("10.96.0.4:80", 6553, Verdict::Direct),
+        ];
+        let (state, issues) = lower(&Intent { frontends, ..Intent::default() });
+        assert_eq!(issues, [Issue::TooManyForMaglev("10.96.0.4:80".parse().unwrap(), 6553)]);
+        let row = |addr| *frontend_row(&state, addr);
+        assert_eq!((row("10.96.0.1:80").maglev, row("10.96.0.2:80").maglev), (1021, 1021));
+        assert_eq!(row("10.96.0.1:80").set, row("10.96.0.2:80").set, "shared");
+        assert_ne!(row("10.96.0.1:80").set, row("10.96.0.3:80").set, "one without a table is another set");
+        assert_eq!((row("10.96.0.3:80").maglev, row("10.96.0.4:80").maglev), (0, 0));
+        assert_eq!((state.len(Table::Maglev), state.len(Table::Backends)), (4, 3 + 3 + 6553));
+    }
+
+    fn many(count: u32) -> Vec<Backend> {
+        let addr = |n| (std::net::Ipv4Addr::from(0x0a00_0000 + n), 80).into();
+        (0..count).map(|n| Backend { addr: addr(n), weight: 1 }).collect()
+    }
+
+    #[test]
     fn a_service_may_be_huge() {
-        let backends: Vec<Backend> = (0..70_000_u32)
-            .map(|n| Backend { addr: (std::net::Ipv4Addr::from(0x0a00_0000 + n), 80).into(), weight: 1 })
-            .collect();
         let (state, issues) =
-            lower(&Intent { frontends: vec![direct("10.96.0.1:80", backends)], ..Intent::default() });
+            lower(&Intent { frontends: vec![direct("10.96.0.1:80", many(70_000))], ..Intent::default() });
         let row = frontend_row(&state, "10.96.0.1:80");
-        assert_eq!((row.count, state.sets[&row.set].len(), issues.len()), (70_000, 70_000, 0));
+        assert_eq!((row.count, state.sets[&row.set].slots.len(), issues.len()), (70_000, 70_000, 0));
     }
 
     #[test]
@@ -406,9 +468,9 @@ mod tests {
             direct("[fd00::1]:80", vec![backend("[fd00::2]:80", 1), backend("10.0.0.1:80", 1)]),
         ];
         let (state, issues) = lower(&Intent { frontends, ..Intent::default() });
-        let v4 = &state.sets[&frontend_row(&state, "10.96.0.1:80").set];
+        let v4 = &state.sets[&frontend_row(&state, "10.96.0.1:80").set].slots;
         assert_eq!((v4.len(), v4[0].endpoint.to_string()), (1, "10.0.0.1:80".into()), "one and the same");
-        let v6 = &state.sets[&frontend_row(&state, "[fd00::1]:80").set];
+        let v6 = &state.sets[&frontend_row(&state, "[fd00::1]:80").set].slots;
         assert_eq!((v6.len(), v6[0].endpoint.to_string()), (1, "[fd00::2]:80".into()));
         assert_eq!(issues.len(), 1, "{issues:?}");
     }

@@ -12,6 +12,7 @@ pub mod events;
 pub mod heartbeat;
 pub mod intent;
 pub mod lower;
+mod maglev;
 pub mod ops;
 mod pins;
 pub mod reconcile;

@@ -18,6 +18,8 @@ pub enum Table {
     Members,
     /// `key::Backend` -> `value::Backend`.
     Backends,
+    /// `key::Maglev` -> `value::MaglevChunk`.
+    Maglev,
     /// `key::Frontend` -> `value::Frontend`.
     Frontends,
     /// `net::Ip` -> `value::Destination`.
@@ -32,9 +34,10 @@ pub enum Table {
 
 impl Table {
     /// Every table, referents before what refers to them: rows are added in this order and removed in the reverse.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 8] = [
         Self::Members,
         Self::Backends,
+        Self::Maglev,
         Self::Frontends,
         Self::Destinations,
         Self::InboundPorts,
@@ -47,6 +50,7 @@ impl Table {
         match self {
             Self::Members => map::MEMBERS,
             Self::Backends => map::BACKENDS,
+            Self::Maglev => map::MAGLEV,
             Self::Frontends => map::FRONTENDS,
             Self::Destinations => map::DESTINATIONS,
             Self::InboundPorts => map::INBOUND_PORTS,
@@ -60,6 +64,7 @@ impl Table {
         match self {
             Self::Members => (size_of::<key::Member>(), size_of::<u32>()),
             Self::Backends => (size_of::<key::Backend>(), size_of::<value::Backend>()),
+            Self::Maglev => (size_of::<key::Maglev>(), size_of::<value::MaglevChunk>()),
             Self::Frontends => (size_of::<key::Frontend>(), size_of::<value::Frontend>()),
             Self::Destinations => (size_of::<Ip>(), size_of::<value::Destination>()),
             Self::InboundPorts => (size_of::<Endpoint>(), size_of::<value::InboundPort>()),
@@ -78,6 +83,7 @@ impl Table {
         match self {
             Self::Members => map::entries::MEMBERS,
             Self::Backends => map::entries::BACKENDS,
+            Self::Maglev => map::entries::MAGLEV,
             Self::Frontends => map::entries::FRONTENDS,
             Self::Destinations => map::entries::DESTINATIONS,
             Self::InboundPorts => map::entries::INBOUND_PORTS,
@@ -206,6 +212,12 @@ impl RowKey for key::Member {
 impl RowKey for key::Backend {
     fn text(&self) -> String {
         format!("slot {} of set {}", self.slot, self.set)
+    }
+}
+
+impl RowKey for key::Maglev {
+    fn text(&self) -> String {
+        format!("part {} of the Maglev table of set {}", self.chunk, self.set)
     }
 }
 

@@ -106,6 +106,7 @@ pub struct Reconciler<M> {
 struct Actual {
     members: BTreeMap<key::Member, u32>,
     backends: BTreeMap<key::Backend, value::Backend>,
+    maglev: BTreeMap<key::Maglev, value::MaglevChunk>,
     frontends: BTreeMap<key::Frontend, value::Frontend>,
     destinations: BTreeMap<Ip, value::Destination>,
     inbound_ports: BTreeMap<Endpoint, value::InboundPort>,
@@ -176,6 +177,7 @@ impl Actual {
         let mut actual = Self {
             members: read(maps, Table::Members)?,
             backends: read(maps, Table::Backends)?,
+            maglev: read(maps, Table::Maglev)?,
             frontends: read(maps, Table::Frontends)?,
             destinations: read(maps, Table::Destinations)?,
             inbound_ports: read(maps, Table::InboundPorts)?,
@@ -196,6 +198,7 @@ impl Actual {
         Table::ALL.map(|table| match table {
             Table::Members => self.members.len(),
             Table::Backends => self.backends.len(),
+            Table::Maglev => self.maglev.len(),
             Table::Frontends => self.frontends.len(),
             Table::Destinations => self.destinations.len(),
             Table::InboundPorts => self.inbound_ports.len(),
@@ -204,11 +207,12 @@ impl Actual {
         })
     }
 
-    /// The ids of all sets of which the maps have any slot or member.
+    /// The ids of all sets of which the maps have any slot, member or part of a table.
     fn present(&self) -> BTreeSet<u64> {
         let slots = sets(&self.backends, |id| key::Backend::new(id, 0), |key| key.set);
         let members = sets(&self.members, |id| key::Member::new(id, Endpoint::NONE), |key| key.set);
-        slots.into_iter().chain(members).collect()
+        let tables = sets(&self.maglev, |id| key::Maglev::new(id, 0), |key| key.set);
+        slots.into_iter().chain(members).chain(tables).collect()
     }
 
     /// The ids that frontends in the kernel name.
@@ -220,22 +224,37 @@ impl Actual {
         self.backends.range(key::Backend::new(id, 0)..).take_while(move |(key, _)| key.set == id)
     }
 
+    fn table(&self, id: u64) -> impl Iterator<Item = (&key::Maglev, &value::MaglevChunk)> {
+        self.maglev.range(key::Maglev::new(id, 0)..).take_while(move |(key, _)| key.set == id)
+    }
+
     fn members(&self, id: u64) -> impl Iterator<Item = (&key::Member, &u32)> {
         self.members.range(key::Member::new(id, Endpoint::NONE)..).take_while(move |(key, _)| key.set == id)
     }
 
-    /// The content of the set, if its slots leave no gap and its members are exactly its slots' endpoints.
+    /// The content of the set, if neither its slots nor its table leave a gap and its members are exactly its slots'
+    /// endpoints. A table that lacks its end is another content than any that is wanted.
     fn whole(&self, id: u64) -> Option<BackendSet> {
-        let mut set = Vec::new();
+        let mut slots = Vec::new();
         for (slot, (key, row)) in (0..).zip(self.slots(id)) {
             if *key != key::Backend::new(id, slot)
                 || self.members.get(&key::Member::new(id, row.endpoint)) != Some(&slot)
             {
                 return None;
             }
-            set.push(*row);
+            slots.push(*row);
         }
-        (!set.is_empty() && self.members(id).count() == set.len()).then(|| set.into())
+        if slots.is_empty() || self.members(id).count() != slots.len() {
+            return None;
+        }
+        let mut maglev = Vec::new();
+        for (chunk, (key, row)) in (0..).zip(self.table(id)) {
+            if *key != key::Maglev::new(id, chunk) {
+                return None;
+            }
+            maglev.push(*row);
+        }
+        Some(BackendSet { slots: slots.into(), maglev: maglev.into() })
     }
 }
 
@@ -338,21 +357,29 @@ impl<M: MapOps> Pass<'_, M> {
 
     /// Writes one set; false when that failed.
     fn place_set(&mut self, id: u64, set: &BackendSet, actual: &mut Actual) -> bool {
-        if actual.backends.len() + set.len() > Table::Backends.capacity() {
-            let text = format!("a set of {} backends", set.len());
+        if actual.backends.len() + set.slots.len() > Table::Backends.capacity() {
+            let text = format!("a set of {} backends", set.slots.len());
             let full = io::Error::from_raw_os_error(libc::E2BIG);
             self.failed(RowError::new(Table::Backends, text, Operation::Write, full));
             return false;
         }
-        (0..).zip(set.iter()).all(|(slot, row)| {
+        let slots = (0..).zip(set.slots.iter()).all(|(slot, row)| {
             let member = key::Member::new(id, row.endpoint);
             self.write(Table::Members, member, slot, &mut actual.members)
                 && self.write(Table::Backends, key::Backend::new(id, slot), *row, &mut actual.backends)
-        })
+        });
+        slots
+            && (0..).zip(set.maglev.iter()).all(|(chunk, row)| {
+                self.write(Table::Maglev, key::Maglev::new(id, chunk), *row, &mut actual.maglev)
+            })
     }
 
     /// Removes whatever there is of a set that no frontend names.
     fn remove_set(&mut self, id: u64, actual: &mut Actual) {
+        let table: Vec<key::Maglev> = actual.table(id).map(|(key, _)| *key).collect();
+        for key in table {
+            self.remove(Table::Maglev, key, &mut actual.maglev);
+        }
         let slots: Vec<key::Backend> = actual.slots(id).map(|(key, _)| *key).collect();
         for key in slots {
             self.remove(Table::Backends, key, &mut actual.backends);
@@ -450,6 +477,7 @@ mod tests {
         ops::{Fake, Fault, Faulty},
     };
     use super::*;
+    use mesh_common::decide;
     use mesh_xds::model::Protocol;
     use proptest::prelude::*;
     use std::{error::Error as _, net::IpAddr, time::Duration};
@@ -486,12 +514,21 @@ mod tests {
                 let member = key::Member::new(frontend.set, row.endpoint);
                 assert!(self.row(Table::Members, member.bytes()).is_some(), "{member:?} is missing");
             }
+            for place in 0..frontend.maglev {
+                let key = key::Maglev::new(frontend.set, place / decide::MAGLEV_CHUNK);
+                let row = self.row(Table::Maglev, key.bytes());
+                let row = row.unwrap_or_else(|| panic!("{frontend:?} names a set without {key:?}"));
+                let slots = value::MaglevChunk::from_bytes(row).unwrap().slots;
+                let slot = slots[(place % decide::MAGLEV_CHUNK) as usize];
+                assert!(u32::from(slot) < frontend.count, "{slot} is outside of {frontend:?}");
+            }
         }
 
         fn set_of(table: Table, key: &[u8]) -> Option<u64> {
             match table {
                 Table::Backends => Some(key::Backend::from_bytes(key).unwrap().set),
                 Table::Members => Some(key::Member::from_bytes(key).unwrap().set),
+                Table::Maglev => Some(key::Maglev::from_bytes(key).unwrap().set),
                 _ => None,
             }
         }
@@ -578,14 +615,16 @@ mod tests {
             1 => Just(Verdict::Deny(DenyReason::Policy)),
         ];
         let hosts = prop::collection::vec((0..5_u16, 1..3_u32), 0..5);
-        let frontends = prop::collection::btree_map(0..5_u8, (verdict, hosts, any::<bool>()), 0..5);
+        let frontends =
+            prop::collection::btree_map(0..5_u8, (verdict, hosts, any::<bool>(), any::<bool>()), 0..5);
         let destinations = prop::collection::btree_set(0..4_u8, 0..4);
         let ports = prop::collection::btree_map(80..83_u16, any::<bool>(), 0..3);
         let pods = prop::collection::btree_map(1..4_u8, (any::<bool>(), ports), 0..3);
         (frontends, destinations, pods).prop_map(|(frontends, destinations, pods)| Intent {
             frontends: frontends
                 .into_iter()
-                .map(|(n, (verdict, hosts, sticky))| Frontend {
+                .map(|(n, (verdict, hosts, sticky, hashed))| Frontend {
+                    balancing: if hashed { Balancing::Maglev } else { Balancing::Random },
                     affinity: sticky.then_some(Duration::from_secs(1)),
                     ..frontend(n, verdict, backends(hosts))
                 })

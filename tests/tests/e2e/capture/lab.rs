@@ -241,7 +241,8 @@ pub(super) fn serve(
             wrong.unexpected.fetch_add(1, Ordering::Relaxed);
             return Ok(());
         };
-        *target
+        // As the daemon does: the kernel's choice first.
+        original.chosen.unwrap_or(*target)
     } else {
         client.local_addr()?
     };

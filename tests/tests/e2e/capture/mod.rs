@@ -2,6 +2,7 @@
 //! outbound and inbound parts. What the apps see is then the work of the BPF programs.
 
 mod away;
+mod choice;
 mod fastpath;
 mod lab;
 
