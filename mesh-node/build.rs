@@ -34,6 +34,11 @@ fn build() -> Result<(), Box<dyn Error>> {
     if !status.success() {
         return Err(format!("the BPF object did not build with {chain}: {status}").into());
     }
-    fs::copy(toolchain::Toolchain::object(&target_dir), Path::new(&out).join("mesh-ebpf.o"))?;
+    // A new file, not new content: a copied build folder may share the old one with another by a hard link.
+    let object = Path::new(&out).join("mesh-ebpf.o");
+    if object.exists() {
+        fs::remove_file(&object)?;
+    }
+    fs::copy(toolchain::Toolchain::object(&target_dir), &object)?;
     Ok(())
 }

@@ -10,6 +10,12 @@ abi! {
         pub cookie: u64 = 0,
     }
 
+    /// A daemon's cgroup, by its id.
+    pub struct Daemon: 8 {
+        /// The id.
+        pub cgroup: u64 = 0,
+    }
+
     /// A service's address, port and protocol.
     pub struct Frontend: 20 {
         /// The virtual address.

@@ -18,6 +18,9 @@ macro_rules! maps {
 maps! {
     /// Array of one `value::Config`.
     CONFIG: 1;
+    /// `key::Daemon` -> `value::Daemon`: the daemon and those that drain after a takeover. Their sockets are never
+    /// captured.
+    DAEMONS: 32;
     /// Array of one `value::Heartbeat`.
     HEARTBEAT: 1;
     /// Array of one `value::Generation`.

@@ -5,21 +5,25 @@ use crate::net::{Endpoint, Ip, NetPort};
 
 abi! {
     /// The one row of CONFIG.
-    pub struct Config: 40 {
-        /// Id of the daemon's cgroup: its sockets are never captured.
-        pub daemon_cgroup: u64 = 0,
+    pub struct Config: 32 {
         /// Cookie of the host's network namespace, where probes come from.
-        pub host_netns: u64 = 8,
+        pub host_netns: u64 = 0,
         /// Id of the cgroup above all pods; 0 switches the exemption of probes off.
-        pub pods_cgroup: u64 = 16,
+        pub pods_cgroup: u64 = 8,
         /// The level of that cgroup in the hierarchy (the root is 0).
-        pub pods_level: u32 = 24,
+        pub pods_level: u32 = 16,
         /// `code::log_level`.
-        pub log_level: u32 = 28,
+        pub log_level: u32 = 20,
         /// `ABI_VERSION` of the writer, for readers of the pins.
-        pub abi_version: u32 = 32,
+        pub abi_version: u32 = 24,
         /// Zero.
-        pub reserved: u32 = 36,
+        pub reserved: u32 = 28,
+    }
+
+    /// A daemon of this node, by its cgroup.
+    pub struct Daemon: 8 {
+        /// When it was entered, by the monotonic clock, in nanoseconds.
+        pub since_ns: u64 = 0,
     }
 
     /// What a captured pod needs for its outbound connections.

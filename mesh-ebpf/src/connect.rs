@@ -41,7 +41,7 @@ fn connect<F: Family>(ctx: &SockAddrContext) -> i32 {
         }
         return ALLOW;
     };
-    if ctx::is_daemon(config) {
+    if ctx::is_daemon() {
         count(counter::CONNECT_BYPASS);
         return ALLOW;
     }

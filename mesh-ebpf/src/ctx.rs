@@ -3,6 +3,7 @@
 //! In assembly: LLVM otherwise merges accesses of two branches, or computes a field's address early and keeps it, and
 //! the verifier refuses an access through a computed context pointer ("dereference of modified ctx ptr").
 
+use crate::{find, maps::DAEMONS};
 use aya_ebpf::{
     EbpfContext as _,
     bindings::{BPF_F_CURRENT_NETNS, bpf_sk_lookup, bpf_sock, bpf_sock_addr, bpf_sock_ops, bpf_sock_tuple},
@@ -14,6 +15,7 @@ use aya_ebpf::{
     programs::{SkLookupContext, SockAddrContext, SockOpsContext},
 };
 use mesh_common::{
+    key,
     net::{Endpoint, Ip, NetPort},
     value,
 };
@@ -209,11 +211,12 @@ fn look_up(ctx: &SockAddrContext, tuple: *mut bpf_sock_tuple, size: u32) -> *mut
     unsafe { bpf_skc_lookup_tcp(ctx.as_ptr(), tuple, size, BPF_F_CURRENT_NETNS as u64, 0) }
 }
 
-/// Whether the calling process is the daemon. By cgroup and not by socket mark, which a container can set.
+/// Whether the calling process is a daemon. By cgroup and not by socket mark, which a container can set.
 #[inline(always)]
-pub(crate) fn is_daemon(config: &value::Config) -> bool {
+pub(crate) fn is_daemon() -> bool {
     // SAFETY: the helper has no arguments.
-    unsafe { bpf_get_current_cgroup_id() == config.daemon_cgroup }
+    let cgroup = unsafe { bpf_get_current_cgroup_id() };
+    find!(DAEMONS, &key::Daemon { cgroup }).is_some()
 }
 
 /// Whether the calling process is outside the pods' cgroup.

@@ -22,6 +22,9 @@ const NO_PREALLOC: usize = BPF_F_NO_PREALLOC as usize;
 #[btf_map]
 pub(crate) static CONFIG: Array<value::Config, { entries::CONFIG }> = Array::new();
 #[btf_map]
+pub(crate) static DAEMONS: HashMap<key::Daemon, value::Daemon, { entries::DAEMONS }, NO_PREALLOC> =
+    HashMap::new();
+#[btf_map]
 pub(crate) static HEARTBEAT: Array<value::Heartbeat, { entries::HEARTBEAT }> = Array::new();
 #[btf_map]
 pub(crate) static GENERATION: Array<value::Generation, { entries::GENERATION }> = Array::new();

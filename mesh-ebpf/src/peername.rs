@@ -2,7 +2,7 @@
 
 use crate::{
     ctx::{self, ALLOW, Family, V4, V6},
-    maps::{self, CLIENT, SOCKET_FLOW, Storage as _},
+    maps::{CLIENT, SOCKET_FLOW, Storage as _},
     report::count,
 };
 use aya_ebpf::{macros::cgroup_sock_addr, programs::SockAddrContext};
@@ -29,7 +29,7 @@ fn peername<F: Family>(ctx: &SockAddrContext) -> i32 {
     };
     let Some(shown) = shown else { return ALLOW };
     // The daemon's own dialling sockets carry a client too, and it wants to know its real peer.
-    if maps::config().is_some_and(ctx::is_daemon) {
+    if ctx::is_daemon() {
         return ALLOW;
     }
     if F::rewrite(ctx, &shown) {

@@ -48,7 +48,7 @@ fn send<F: Family>(ctx: &SockAddrContext) -> i32 {
     let Some(pod) = find!(PODS, key::Netns::new(cookie)) else { return ALLOW };
     let service = key::Frontend::new(dst.addr, dst.port, proto::UDP);
     let Some(frontend) = find!(FRONTENDS, &service) else { return ALLOW };
-    if ctx::is_daemon(config) || decide::dials_itself(pod, &dst.addr) {
+    if ctx::is_daemon() || decide::dials_itself(pod, &dst.addr) {
         return ALLOW;
     }
     match decide::frontend(pod, &dst.addr, proto::UDP, frontend) {

@@ -22,6 +22,7 @@ pub mod outbound;
 pub mod outcome;
 pub mod plan;
 pub mod policy;
+pub mod pulse;
 pub mod role;
 pub mod state;
 pub mod tls;

@@ -5,7 +5,7 @@ use anyhow::Context;
 use clap::{Args, Parser, Subcommand};
 use mesh_node::{
     admin::{Status, client, render},
-    check,
+    bpf, check,
     config::{Config, RunArgs},
     role,
 };
@@ -29,6 +29,8 @@ enum Command {
     Dump(AdminArgs),
     /// Changes log levels of the running daemon.
     Log(LogArgs),
+    /// Takes the mesh off this node: removes what a daemon that has ended left in the kernel.
+    Unload(UnloadArgs),
     /// Checks whether this host can run the daemon; exits with 1 if not.
     Check,
 }
@@ -38,6 +40,13 @@ struct AdminArgs {
     /// Directory of the daemon's sockets.
     #[arg(long, env = "NODEMESH_RUN_DIR", default_value = "/run/nodemesh")]
     run_dir: PathBuf,
+}
+
+#[derive(Args)]
+struct UnloadArgs {
+    /// The daemon's directory of pins.
+    #[arg(long, env = "NODEMESH_PIN_DIR", default_value = "/sys/fs/bpf/nodemesh")]
+    pin_dir: PathBuf,
 }
 
 #[derive(Args)]
@@ -82,6 +91,21 @@ fn command(command: Command) -> anyhow::Result<ExitCode> {
                 if let Some(level) = level {
                     block_on(client::post(&socket, &format!("{path}{level}")))??;
                 }
+            }
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Unload(args) => {
+            let gone = bpf::unload(&args.pin_dir).context("the mesh stays on this node")?;
+            if gone == bpf::Unloaded::default() {
+                println!("nothing is pinned under {}", args.pin_dir.display());
+            } else {
+                println!(
+                    "removed {} programs, the capture of {} pods and {} maps under {}; no connection is touched any more",
+                    gone.programs,
+                    gone.inbound,
+                    gone.maps,
+                    args.pin_dir.display()
+                );
             }
             Ok(ExitCode::SUCCESS)
         }

@@ -38,15 +38,11 @@ pub enum BpfError {
         #[source]
         source: AyaPinError,
     },
-    /// A pin could not be removed.
-    #[error("cannot remove the pin {path}")]
-    Unpin {
-        /// The pin's path.
-        path: PathBuf,
-        /// Why.
-        #[source]
-        source: io::Error,
-    },
+    /// A takeover finds maps that it cannot go on with.
+    #[error(
+        "the running mesh-node's maps cannot be used on ({0}); stop it and start this one instead of taking over"
+    )]
+    NotAdoptable(String),
     /// A link is not of the form that can be pinned.
     #[error("the kernel gave no link for {program}; mesh-node needs Linux 5.18 or later")]
     Link {

@@ -1,10 +1,10 @@
 //! The folder of the pins: `PIN_DIR/v{ABI_VERSION}/`.
 //!
-//! Pinned links keep the capture in force when the daemon dies: its pods' connections are then refused rather than
-//! sent in the clear. A new daemon pins into a staging folder and takes the place of the old pins only when
-//! everything is attached. Deliberately absent: taking a predecessor's programs over.
+//! Pinned links and maps keep the capture in force while no daemon is there. A new daemon with the same maps goes on with
+//! them (`load`); one with others pins into a staging folder and takes the place of the old pins only when everything is
+//! attached. One process at a time has the folder, by a lock; at a takeover the lock itself is handed over.
 
-use mesh_common::ABI_VERSION;
+use mesh_common::{ABI_VERSION, map};
 use nix::{
     fcntl::{Flock, FlockArg},
     mount::{MsFlags, mount},
@@ -13,6 +13,10 @@ use nix::{
 use std::{
     fs::{self, File},
     io,
+    os::{
+        fd::{AsFd as _, BorrowedFd, OwnedFd},
+        unix::fs::MetadataExt as _,
+    },
     path::{Path, PathBuf},
 };
 
@@ -31,16 +35,40 @@ pub enum PinError {
         source: io::Error,
     },
     /// Another process holds the folder.
-    #[error("another mesh-node uses the pins under {0}; stop it, or give this one another --pin-dir")]
+    #[error(
+        "another mesh-node uses the pins under {0}; stop it, take over from it (--takeover), or give this one another --pin-dir"
+    )]
     InUse(PathBuf),
+    /// A takeover by a daemon with another folder.
+    #[error("the running mesh-node keeps its pins elsewhere than in {0}; give both the same --pin-dir")]
+    Elsewhere(PathBuf),
 }
 
 /// The pin folder, locked for this process.
 #[derive(Debug)]
 pub(super) struct Pins {
     base: PathBuf,
-    /// Held as long as the pins are this process's.
-    _lock: Flock<File>,
+    /// Held as long as the pins are this process's, or its successor's.
+    lock: Lock,
+}
+
+/// The lock on the folder. It belongs to the open file and not to the process: two processes have it together during a
+/// takeover.
+#[derive(Debug)]
+enum Lock {
+    Own(Flock<File>),
+    Inherited(OwnedFd),
+}
+
+/// What [`unload`] removed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Unloaded {
+    /// Programs at the cgroup.
+    pub programs: usize,
+    /// Network namespaces whose inbound side was captured.
+    pub inbound: usize,
+    /// Maps.
+    pub maps: usize,
 }
 
 impl Pins {
@@ -53,7 +81,49 @@ impl Pins {
             nix::errno::Errno::EWOULDBLOCK => PinError::InUse(base.to_owned()),
             errno => file("lock", base, errno.into()),
         })?;
-        Ok(Self { base: base.to_owned(), _lock: lock })
+        Ok(Self { base: base.to_owned(), lock: Lock::Own(lock) })
+    }
+
+    /// The folder of a daemon that handed its lock over.
+    pub(super) fn inherit(base: &Path, lock: OwnedFd) -> Result<Self, PinError> {
+        let id = |meta: fs::Metadata| (meta.dev(), meta.ino());
+        let lock = File::from(lock);
+        let theirs = lock.metadata().map(id).map_err(|source| file("look at the lock of", base, source))?;
+        let ours = fs::metadata(base).map(id).map_err(|source| file("open", base, source))?;
+        if theirs != ours {
+            return Err(PinError::Elsewhere(base.to_owned()));
+        }
+        Ok(Self { base: base.to_owned(), lock: Lock::Inherited(lock.into()) })
+    }
+
+    /// The lock, for a successor.
+    pub(super) fn lock(&self) -> BorrowedFd<'_> {
+        match &self.lock {
+            Lock::Own(lock) => lock.as_fd(),
+            Lock::Inherited(lock) => lock.as_fd(),
+        }
+    }
+
+    /// Pins something in the place of what may be there: the new pin is there before the old one goes.
+    pub(super) fn put<E: From<PinError>>(
+        &self,
+        path: &Path,
+        pin: impl FnOnce(&Path) -> Result<(), E>,
+    ) -> Result<(), E> {
+        // A bpffs takes no names with a dot.
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        let beside = path.with_file_name(format!("{name}_new"));
+        remove_file(&beside)?;
+        pin(&beside)?;
+        remove_file(path)?;
+        Ok(fs::rename(&beside, path).map_err(|source| file("rename", &beside, source))?)
+    }
+
+    /// The pins of inbound links in a folder, by cookie.
+    pub(super) fn inbound_pins(&self, dir: &Path) -> Result<Vec<(u64, PathBuf)>, PinError> {
+        let entries = fs::read_dir(dir).map_err(|source| file("read", dir, source))?;
+        let cookie = |path: &Path| path.file_name()?.to_str()?.strip_prefix(INBOUND)?.parse().ok();
+        Ok(entries.flatten().filter_map(|e| Some((cookie(&e.path())?, e.path()))).collect())
     }
 
     /// An empty folder to pin into.
@@ -76,6 +146,13 @@ impl Pins {
             fs::rename(&current, &stale).map_err(|source| file("rename", &current, source))?;
         }
         fs::rename(&staging, &current).map_err(|source| file("rename", &staging, source))?;
+        self.sweep()?;
+        Ok(current)
+    }
+
+    /// Removes the pins of other versions, and what a start that did not end well has left. Inbound links are held.
+    pub(super) fn sweep(&self) -> Result<(), PinError> {
+        remove(&self.staging())?;
         let entries = fs::read_dir(&self.base).map_err(|source| file("read", &self.base, source))?;
         for entry in entries.flatten() {
             let name = entry.file_name();
@@ -85,7 +162,7 @@ impl Pins {
                 remove(&entry.path())?;
             }
         }
-        Ok(current)
+        Ok(())
     }
 
     /// Moves the inbound links of a predecessor to where they are held; a newer one takes the place of an older one.
@@ -137,7 +214,7 @@ impl Pins {
 
     /// Where this version's pins are.
     pub(super) fn current(&self) -> PathBuf {
-        self.base.join(format!("v{ABI_VERSION}"))
+        current(&self.base)
     }
 
     fn staging(&self) -> PathBuf {
@@ -149,6 +226,11 @@ impl Pins {
     }
 }
 
+/// Where this version's pins are below the folder.
+pub(super) fn current(base: &Path) -> PathBuf {
+    base.join(format!("v{ABI_VERSION}"))
+}
+
 /// What the names of inbound links begin with.
 const INBOUND: &str = "inbound_";
 
@@ -157,7 +239,38 @@ pub(super) fn inbound(cookie: u64) -> String {
     format!("{INBOUND}{cookie}")
 }
 
-fn remove_file(path: &Path) -> Result<(), PinError> {
+/// Takes the mesh off a node where no daemon runs: whatever is pinned goes, of all versions.
+pub fn unload(base: &Path) -> Result<Unloaded, PinError> {
+    if !base.exists() {
+        return Ok(Unloaded::default());
+    }
+    let pins = Pins::open(base)?;
+    let mut gone = Unloaded::default();
+    let folders = fs::read_dir(base).map_err(|source| file("read", base, source))?;
+    for folder in folders.flatten().map(|entry| entry.path()).filter(|path| path.is_dir()) {
+        let entries = fs::read_dir(&folder).map_err(|source| file("read", &folder, source))?;
+        let (maps, links): (Vec<_>, Vec<_>) = entries
+            .flatten()
+            .map(|entry| entry.path())
+            .partition(|path| path.file_name().is_some_and(|name| map::ALL.iter().any(|map| name == *map)));
+        // Links first: no program is to run on maps that are going away.
+        for link in &links {
+            let inbound =
+                link.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(INBOUND.as_bytes()));
+            gone.inbound += usize::from(inbound);
+            gone.programs += usize::from(!inbound);
+            remove_file(link)?;
+        }
+        gone.maps += maps.len();
+        remove(&folder)?;
+    }
+    drop(pins);
+    // Not empty means that somebody else keeps something there.
+    drop(fs::remove_dir(base));
+    Ok(gone)
+}
+
+pub(super) fn remove_file(path: &Path) -> Result<(), PinError> {
     match fs::remove_file(path) {
         Err(source) if source.kind() != io::ErrorKind::NotFound => Err(file("remove", path, source)),
         _ => Ok(()),
@@ -202,7 +315,10 @@ mod tests {
     // A plain folder has the same file operations; the bpffs itself is exercised by the end-to-end tests.
     fn pins(base: &Path) -> Pins {
         let dir = File::open(base).unwrap();
-        Pins { base: base.to_owned(), _lock: Flock::lock(dir, FlockArg::LockExclusiveNonblock).unwrap() }
+        Pins {
+            base: base.to_owned(),
+            lock: Lock::Own(Flock::lock(dir, FlockArg::LockExclusiveNonblock).unwrap()),
+        }
     }
 
     #[test]

@@ -1,4 +1,5 @@
-//! The raw `bpf(2)` map calls, which aya does not offer for keys that are socket descriptors or plain bytes.
+//! The raw `bpf(2)` calls that aya does not offer: maps whose keys are socket descriptors or plain bytes, pins of unknown
+//! kind, and another program for a link.
 //!
 //! The only `unsafe` of this module tree. The types keep it sound: a [`Map`] knows its key and value sizes from the
 //! kernel and refuses slices of another length, so that the kernel never reads or writes past one.
@@ -6,8 +7,13 @@
 
 use aya::maps::MapData;
 use std::{
+    ffi::CString,
     io,
-    os::fd::{AsFd, AsRawFd, BorrowedFd},
+    os::{
+        fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd as _, OwnedFd, RawFd},
+        unix::ffi::OsStrExt as _,
+    },
+    path::Path,
 };
 use tokio::io::{Interest, unix::AsyncFd};
 
@@ -19,6 +25,9 @@ enum Command {
     UpdateElem = 2,
     DeleteElem = 3,
     GetNextKey = 4,
+    ObjGet = 7,
+    ObjGetInfoByFd = 15,
+    LinkUpdate = 29,
 }
 
 /// The part of `union bpf_attr` that map element commands use.
@@ -29,6 +38,126 @@ struct MapElem {
     key: u64,
     value_or_next_key: u64,
     flags: u64,
+}
+
+/// The part of `union bpf_attr` that opening a pin uses.
+#[repr(C)]
+struct Object {
+    path: u64,
+    fd: u32,
+    flags: u32,
+}
+
+/// The part of `union bpf_attr` that asking for information uses.
+#[repr(C)]
+struct Info {
+    fd: u32,
+    len: u32,
+    info: u64,
+}
+
+/// The part of `union bpf_attr` that changing a link uses.
+#[repr(C)]
+struct LinkChange {
+    link: u32,
+    new_program: u32,
+    flags: u32,
+    old_program: u32,
+}
+
+/// The beginning of `struct bpf_link_info`, with the union's part for cgroups.
+#[repr(C)]
+#[derive(Default)]
+struct LinkInfo {
+    kind: u32,
+    id: u32,
+    program: u32,
+    pad: u32,
+    cgroup: u64,
+}
+
+/// `BPF_LINK_TYPE_CGROUP`.
+const LINK_TYPE_CGROUP: u32 = 3;
+
+/// The beginning of `struct bpf_map_info`.
+#[repr(C)]
+#[derive(Debug, Default)]
+pub(super) struct MapInfo {
+    /// `BPF_MAP_TYPE_*`.
+    pub(super) kind: u32,
+    id: u32,
+    /// Size of a key in bytes.
+    pub(super) key_size: u32,
+    /// Size of a value in bytes.
+    pub(super) value_size: u32,
+    /// The bound.
+    pub(super) max_entries: u32,
+    /// `BPF_F_*`.
+    pub(super) flags: u32,
+}
+
+/// What the kernel fills in when it is asked about an object: plain numbers from the start of its structure on.
+trait Plain: Default {}
+impl Plain for LinkInfo {}
+impl Plain for MapInfo {}
+
+/// Opens a pinned map or link.
+pub(super) fn obj_get(path: &Path) -> io::Result<OwnedFd> {
+    let path = CString::new(path.as_os_str().as_bytes()).map_err(io::Error::other)?;
+    let attr = Object { path: path.as_ptr().addr() as u64, fd: 0, flags: 0 };
+    let fd = bpf(Command::ObjGet, &attr)?;
+    let fd = RawFd::try_from(fd).map_err(io::Error::other)?;
+    // SAFETY: the call succeeded, so this is a new descriptor (close-on-exec) that nobody else knows.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// What a map looks like. What is asked about another object is not told apart from a map; its numbers make no sense.
+pub(super) fn map_info(map: BorrowedFd<'_>) -> io::Result<MapInfo> {
+    info(map)
+}
+
+/// The id of the cgroup that a link is attached to; `None` for a link of another type.
+pub(super) fn link_cgroup(link: BorrowedFd<'_>) -> io::Result<Option<u64>> {
+    let info: LinkInfo = info(link)?;
+    Ok((info.kind == LINK_TYPE_CGROUP).then_some(info.cgroup))
+}
+
+/// Puts another program in the place of a link's.
+pub(super) fn link_update(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::Result<()> {
+    let attr = LinkChange {
+        link: link.as_raw_fd().unsigned_abs(),
+        new_program: program.as_raw_fd().unsigned_abs(),
+        flags: 0,
+        old_program: 0,
+    };
+    bpf(Command::LinkUpdate, &attr).map(drop)
+}
+
+fn info<T: Plain>(object: BorrowedFd<'_>) -> io::Result<T> {
+    let mut found = T::default();
+    let attr = Info {
+        fd: object.as_raw_fd().unsigned_abs(),
+        len: std::mem::size_of::<T>() as u32,
+        info: std::ptr::from_mut(&mut found).addr() as u64,
+    };
+    bpf(Command::ObjGetInfoByFd, &attr)?;
+    Ok(found)
+}
+
+/// One call of bpf(2). The pointers in `attr` must be valid for what the command does with them.
+fn bpf<T>(command: Command, attr: &T) -> io::Result<libc::c_long> {
+    // SAFETY: attr is a live structure of the length given. Its pointers, which only this module sets, come from
+    // buffers that outlive the call: a path with its end, or a structure of plain numbers whose length is told to the
+    // kernel, which writes no more than that.
+    let done = unsafe {
+        libc::syscall(
+            libc::SYS_bpf,
+            command as libc::c_int,
+            std::ptr::from_ref(attr),
+            std::mem::size_of::<T>(),
+        )
+    };
+    if done < 0 { Err(io::Error::last_os_error()) } else { Ok(done) }
 }
 
 /// A map whose keys and values are handled as bytes. Not for per-CPU maps, whose values have another size.
@@ -104,18 +233,9 @@ impl Map {
     }
 
     fn call(&self, command: Command, attr: &MapElem) -> io::Result<()> {
-        // SAFETY: attr is a live structure of the length given. Its pointers come from slices that outlive the call
-        // and whose lengths `check` compared with the map's sizes (a buffer for the next key is made of the key
-        // size); the kernel reads and writes nothing beyond these sizes.
-        let done = unsafe {
-            libc::syscall(
-                libc::SYS_bpf,
-                command as libc::c_int,
-                std::ptr::from_ref(attr),
-                std::mem::size_of::<MapElem>(),
-            )
-        };
-        if done < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+        // The pointers come from slices that outlive the call and whose lengths `check` compared with the map's sizes (a
+        // buffer for the next key is made of the key size); the kernel reads and writes nothing beyond these sizes.
+        bpf(command, attr).map(drop)
     }
 }
 

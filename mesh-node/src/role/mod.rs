@@ -1,6 +1,7 @@
 //! What a process of this crate does as a whole: the node daemon. Wiring only.
 
 pub mod direct;
+pub mod heartbeat;
 pub mod listeners;
 pub mod mesh;
 pub mod node;

@@ -2,6 +2,7 @@
 
 use super::{
     direct::DirectMetrics,
+    heartbeat::Heartbeat,
     listeners::Handlers,
     mesh::NodeMesh,
     reconcile::{Command, InStep, QUEUE, Reconcile},
@@ -11,7 +12,7 @@ use super::{
 };
 use crate::{
     admin::server::{Endpoint, admin_router, bind, stats_router},
-    bpf::{Datapath, DenyEvent, Heartbeat, LoadOptions},
+    bpf::{Datapath, DenyEvent, LoadOptions},
     config::{self, Config},
     drain::Drain,
     enroll::{self, Enroller, Limits, Phase, scan::ScanConfig},
@@ -22,8 +23,8 @@ use crate::{
     metrics::{Direction, Metrics, Sample},
     net::{self, NetNs},
     outbound::{Affinity, Outbound},
-    outcome::chain,
     plan::NodeView,
+    pulse::Pulse,
     state::Store,
     tls::ControlPlane,
 };
@@ -34,7 +35,7 @@ use std::{
     net::{IpAddr, Ipv4Addr},
     path::Path,
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc, Mutex,
         atomic::{AtomicBool, Ordering},
         mpsc,
     },
@@ -45,9 +46,6 @@ use tokio_util::sync::CancellationToken;
 
 /// How often direct connections are counted between scrapes, before the kernel's table may evict rows.
 const COUNT_DIRECT: Duration = Duration::from_secs(15);
-
-/// How often the programs are told that the daemon serves; they believe it for `decide::HEARTBEAT_TTL_NS`.
-const BEAT: Duration = Duration::from_millis(250);
 
 /// How often it is asked whether all pods were looked at after the start.
 const SUCCEED: Duration = Duration::from_secs(1);
@@ -77,8 +75,8 @@ async fn serve(config: Config, log: LogFilter) -> anyhow::Result<()> {
 
     let mut datapath = load(&config)?;
     let (events, logs) = (datapath.take_events(), datapath.take_logs());
+    let (heart, pulse, adopted) = (datapath.heartbeat(), datapath.pulse(), datapath.adopted());
     let meta = datapath.sockets();
-    let beating = keep_beating(datapath.heartbeat()).context("cannot start the heartbeat")?;
     let datapath = Arc::new(Mutex::new(datapath));
     if let Some(logs) = logs {
         tokio::spawn(logs);
@@ -121,6 +119,7 @@ async fn serve(config: Config, log: LogFilter) -> anyhow::Result<()> {
     let handlers = Arc::new(Handlers { workers, pools, outbound, inbound });
 
     let (commands, queue) = mpsc::sync_channel(QUEUE);
+    let synced = Arc::new(AtomicBool::new(false));
     let in_step = Arc::new(ArcSwap::from_pointee(InStep::default()));
     let reconcile = Reconcile {
         datapath: datapath.clone(),
@@ -134,12 +133,18 @@ async fn serve(config: Config, log: LogFilter) -> anyhow::Result<()> {
         node_name: config.args.node_name.clone(),
         runtime: tokio::runtime::Handle::current(),
         connection_limit: config.args.max_connections_per_pod,
+        synced: synced.clone(),
+        pulse: pulse.clone(),
     };
     let reconciler =
         std::thread::Builder::new().name("reconcile".into()).spawn(move || reconcile.run(&queue))?;
 
-    let retire = commands.clone();
-    let synced = Arc::new(AtomicBool::new(false));
+    let to_reconcile = commands.clone();
+    let mut threads: Vec<(String, Pulse)> = vec![("reconcile".to_owned(), pulse)];
+    threads.extend(
+        (0..).zip(handlers.workers.pulses()).map(|(n, pulse): (usize, _)| (format!("worker-{n}"), pulse)),
+    );
+    let heartbeat = Heartbeat::start(heart, threads, &metrics).context("cannot start the heartbeat")?;
     let mesh = Arc::new(NodeMesh {
         store: store.clone(),
         locals: locals.clone(),
@@ -171,10 +176,13 @@ async fn serve(config: Config, log: LogFilter) -> anyhow::Result<()> {
         log,
         config: config.clone(),
     });
+    if adopted {
+        view.skip_direct();
+    }
     sampled(&metrics, &view, &handlers, &affinity);
     servers(&config, &view, &stop)?;
     let gate = synced.clone();
-    tokio::spawn(follow_sync(ads, synced, mesh.clone()));
+    tokio::spawn(follow_sync(ads, synced, mesh.clone(), to_reconcile.clone()));
     tokio::spawn(count_direct(view.clone(), stop.clone()));
     let cni =
         net::unix::listen(&config.args.run_dir.join("cni.sock")).context("cannot listen for mesh-cni")?;
@@ -186,7 +194,7 @@ async fn serve(config: Config, log: LogFilter) -> anyhow::Result<()> {
         ..ScanConfig::default()
     };
     let found = enroller.scan(&scan).await.context("cannot look for running pods")?;
-    tokio::spawn(succeed(enroller.clone(), gate, datapath.clone()));
+    tokio::spawn(succeed(enroller.clone(), gate, to_reconcile.clone()));
     let following = tokio::spawn({
         let (enroller, stop) = (enroller.clone(), stop.clone());
         async move { enroller.run(Path::new("/proc"), stop).await }
@@ -194,40 +202,24 @@ async fn serve(config: Config, log: LogFilter) -> anyhow::Result<()> {
     tracing::info!(node = config.args.node_name, pods = found, took = ?started.elapsed(), "running");
 
     terminated().await?;
-    tracing::info!("stopping");
+    tracing::info!("stopping; the pins stay, and the kernel does without the daemon");
+    // First: from here on the kernel sends nothing new here.
+    let _ = tokio::task::spawn_blocking(move || heartbeat.end()).await;
     drain.begin.cancel();
     stop.cancel();
     let _ = tokio::join!(client, cni, following);
-    let (done, retired) = tokio::sync::oneshot::channel();
-    let sent = tokio::task::spawn_blocking(move || retire.send(Command::Retire(done)).is_ok()).await;
+    let (done, stopped) = tokio::sync::oneshot::channel();
+    let sent = tokio::task::spawn_blocking(move || to_reconcile.send(Command::Stop(done)).is_ok()).await;
     if sent.unwrap_or(false) {
         // An error means that the thread is gone already.
-        let _ = retired.await;
+        let _ = stopped.await;
     }
     wind_down(&config, &handlers, &drain).await;
     drop((view, enroller, mesh));
     // A thread that panicked has said so already.
     let _ = tokio::task::spawn_blocking(move || reconciler.join()).await;
-    drop(beating);
     tracing::info!("stopped");
     Ok(())
-}
-
-/// Beats until the sender is dropped, on a thread of its own, so that nothing that is slow stops the heart.
-fn keep_beating(heartbeat: Heartbeat) -> anyhow::Result<mpsc::Sender<()>> {
-    heartbeat.beat()?;
-    let (sender, stop) = mpsc::channel();
-    std::thread::Builder::new().name("heartbeat".into()).spawn(move || {
-        while stop.recv_timeout(BEAT) == Err(mpsc::RecvTimeoutError::Timeout) {
-            if let Err(error) = heartbeat.beat() {
-                tracing::error!(%error, "cannot write the heartbeat");
-            }
-        }
-        if let Err(error) = heartbeat.end() {
-            tracing::error!(%error, "cannot end the heartbeat");
-        }
-    })?;
-    Ok(sender)
 }
 
 fn load(config: &Config) -> anyhow::Result<Datapath> {
@@ -371,8 +363,12 @@ fn sampled(metrics: &Arc<Metrics>, view: &Arc<View>, handlers: &Arc<Handlers>, a
     );
 }
 
-/// Opens what a predecessor kept shut, once every pod that runs here has been looked at.
-async fn succeed(enroller: Arc<Enroller<NodeMesh>>, synced: Arc<AtomicBool>, datapath: Arc<Mutex<Datapath>>) {
+/// Lets go what a predecessor captured beyond the pods of now, once every pod that runs here has been looked at.
+async fn succeed(
+    enroller: Arc<Enroller<NodeMesh>>,
+    synced: Arc<AtomicBool>,
+    commands: mpsc::SyncSender<Command>,
+) {
     let undecided =
         || enroller.pods().iter().any(|pod| matches!(pod.phase, Phase::Pending | Phase::Failed(_)));
     loop {
@@ -381,11 +377,8 @@ async fn succeed(enroller: Arc<Enroller<NodeMesh>>, synced: Arc<AtomicBool>, dat
             break;
         }
     }
-    match datapath.lock().unwrap_or_else(PoisonError::into_inner).let_predecessor_go() {
-        Ok(true) => tracing::info!("the predecessor's inbound programs are gone"),
-        Ok(false) => {}
-        Err(error) => tracing::error!(error = %chain(&error), "the predecessor's inbound programs stay"),
-    }
+    // An error means that the daemon is ending.
+    let _ = tokio::task::spawn_blocking(move || commands.send(Command::LetGo)).await;
 }
 
 /// Opens the gate for enrolment once the first full configuration is there.
@@ -393,9 +386,12 @@ async fn follow_sync(
     mut ads: tokio::sync::watch::Receiver<mesh_xds::grpc::AdsStatus>,
     synced: Arc<AtomicBool>,
     mesh: Arc<NodeMesh>,
+    commands: mpsc::SyncSender<Command>,
 ) {
     if ads.wait_for(|status| status.synced).await.is_ok() {
         synced.store(true, Ordering::Release);
+        // An error means that the daemon is ending.
+        let _ = tokio::task::spawn_blocking(move || commands.send(Command::Synced)).await;
         mesh.store.wake();
         tracing::info!("the whole configuration is in force");
     }

@@ -14,6 +14,7 @@ use crate::{
     outcome::chain,
     plan::{NodeView, intent},
     policy::PolicySet,
+    pulse::Pulse,
     state::{Batch, Store, World},
 };
 use arc_swap::ArcSwap;
@@ -21,7 +22,11 @@ use mesh_xds::model::{NamespacedName, Workload};
 use std::{
     collections::BTreeMap,
     os::fd::AsFd,
-    sync::{Arc, Mutex, PoisonError, mpsc},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+        mpsc,
+    },
     time::{Duration, Instant},
 };
 use tokio::sync::oneshot;
@@ -46,8 +51,12 @@ pub enum Command {
     Capture(Box<NewPod>, oneshot::Sender<Result<(), CaptureError>>),
     /// A pod to let go, by its netns cookie.
     Release(u64, oneshot::Sender<()>),
-    /// The daemon ends: nothing is captured any more, strict ports stay shut. The last command.
-    Retire(oneshot::Sender<()>),
+    /// The configuration is complete: the kernel may be brought in step.
+    Synced,
+    /// Every pod of the node was looked at: what a predecessor captured beyond them goes.
+    LetGo,
+    /// The daemon ends. The kernel keeps what it has. The last command.
+    Stop(oneshot::Sender<()>),
 }
 
 /// How kernel and world compare; read by readiness and status.
@@ -85,6 +94,10 @@ pub struct Reconcile {
     pub runtime: tokio::runtime::Handle,
     /// Connections that a pod may have.
     pub connection_limit: usize,
+    /// Whether the configuration is complete. Before that the kernel keeps what a predecessor left.
+    pub synced: Arc<AtomicBool>,
+    /// This thread's sign of life.
+    pub pulse: Pulse,
 }
 
 /// A captured pod's parts that only this thread needs.
@@ -97,7 +110,7 @@ struct Captured {
 }
 
 impl Reconcile {
-    /// Runs until [`Command::Retire`], or until all senders are gone.
+    /// Runs until [`Command::Stop`], or until all senders are gone.
     pub fn run(self, commands: &mpsc::Receiver<Command>) {
         let mut captured = BTreeMap::new();
         let mut dirty = false;
@@ -105,16 +118,16 @@ impl Reconcile {
         // Certificates are fetched by tasks of this runtime.
         let _runtime = self.runtime.enter();
         loop {
-            let wait = if dirty { RETRY } else { LISTENERS };
-            match commands.recv_timeout(wait) {
+            self.pulse.tick();
+            match commands.recv_timeout(RETRY) {
                 Ok(first) => {
+                    let _busy = self.pulse.busy();
                     let mut waiting: Vec<_> =
                         std::iter::once(first).chain(commands.try_iter().take(QUEUE)).collect();
-                    let retire = waiting.iter().position(|c| matches!(c, Command::Retire(_)));
-                    let retire = retire.map(|at| waiting.swap_remove(at));
+                    let stop = waiting.iter().position(|c| matches!(c, Command::Stop(_)));
+                    let stop = stop.map(|at| waiting.swap_remove(at));
                     dirty = !self.handle(waiting, &mut captured) || dirty;
-                    if let Some(Command::Retire(done)) = retire {
-                        self.retire(&captured);
+                    if let Some(Command::Stop(done)) = stop {
                         let _ = done.send(());
                         break;
                     }
@@ -122,6 +135,7 @@ impl Reconcile {
                 Err(mpsc::RecvTimeoutError::Timeout) => {}
                 Err(mpsc::RecvTimeoutError::Disconnected) => break,
             }
+            let _busy = self.pulse.busy();
             if listed.elapsed() >= LISTENERS {
                 self.sync_listeners(&captured);
                 listed = Instant::now();
@@ -170,8 +184,10 @@ impl Reconcile {
                     good &= self.release(cookie, captured);
                     let _ = done.send(());
                 }
+                Command::Synced => good &= self.bring_in_step(&self.store.world(), captured),
+                Command::LetGo => good &= self.let_predecessor_go(captured),
                 // Taken above, and by `run`.
-                Command::Batch(..) | Command::Retire(_) => {}
+                Command::Batch(..) | Command::Stop(_) => {}
             }
         }
         good
@@ -193,6 +209,10 @@ impl Reconcile {
 
     /// Makes the kernel hold what follows from `world` and the captured pods.
     fn bring_in_step(&self, world: &World, captured: &BTreeMap<u64, Captured>) -> bool {
+        if !self.synced.load(Ordering::Acquire) {
+            // A part of the configuration would take away what the rest of it wants.
+            return false;
+        }
         let started = Instant::now();
         let intent = self.intent(world, captured);
         let result = self.datapath().apply(&intent);
@@ -323,11 +343,14 @@ impl Reconcile {
         good
     }
 
-    fn retire(&self, captured: &BTreeMap<u64, Captured>) {
-        let intent = self.intent(&self.store.world(), captured);
-        if let Err(error) = self.datapath().retire(&intent) {
-            tracing::error!(error = %chain(&error), "the capture could not be ended; the next start takes it over");
+    fn let_predecessor_go(&self, captured: &BTreeMap<u64, Captured>) -> bool {
+        let gone = self.datapath().let_predecessor_go();
+        match gone {
+            Ok(true) => tracing::info!("what a predecessor captured and this daemon did not is let go"),
+            Ok(false) => return true,
+            Err(error) => tracing::error!(error = %chain(&error), "the predecessor's pins stay"),
         }
+        self.bring_in_step(&self.store.world(), captured)
     }
 
     fn undo(&self, entry: &Captured) {

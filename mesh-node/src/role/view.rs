@@ -73,6 +73,15 @@ impl View {
         }
     }
 
+    /// Passes over what the kernel counted for a predecessor, which had it in its own metrics.
+    pub fn skip_direct(&self) {
+        let rows = self.datapath().direct_stats();
+        match rows {
+            Ok(rows) => self.direct.skip(&rows),
+            Err(error) => tracing::warn!(error = %chain(&error), "direct connections cannot be counted"),
+        }
+    }
+
     /// What the maps hold and should hold, by map: rows that the last run left, rows that are there, and the bound.
     fn tables(&self) -> Vec<Value> {
         let in_step = self.in_step.load();

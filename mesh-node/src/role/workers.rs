@@ -4,6 +4,7 @@
 //! pod's listeners belong to one worker; a connection is handed to another one only when that one is clearly less
 //! busy. Admin, xDS and certificates run on a runtime of their own, so that a storm of traffic cannot starve them.
 
+use crate::pulse::Pulse;
 use std::{
     future::Future,
     io,
@@ -12,11 +13,16 @@ use std::{
         atomic::{AtomicUsize, Ordering},
     },
     thread::JoinHandle,
+    time::Duration,
 };
 use tokio::{
     runtime::{Builder, Handle},
     sync::watch,
+    time::MissedTickBehavior,
 };
+
+/// How often a worker shows that it gets on.
+const TICK: Duration = Duration::from_millis(250);
 
 /// How many more connections a pod's own worker may have before the least busy one takes over.
 const IMBALANCE: usize = 8;
@@ -26,6 +32,7 @@ struct Worker {
     handle: Handle,
     active: Arc<AtomicUsize>,
     thread: Option<JoinHandle<()>>,
+    pulse: Pulse,
 }
 
 /// The set of workers; dropping it stops them.
@@ -79,6 +86,11 @@ impl Workers {
         self.workers.iter().map(|w| w.active.load(Ordering::Relaxed)).collect()
     }
 
+    /// The sign of life of each worker.
+    pub fn pulses(&self) -> Vec<Pulse> {
+        self.workers.iter().map(|w| w.pulse.clone()).collect()
+    }
+
     /// The runtime of worker `index`, for its listeners.
     pub fn handle(&self, index: usize) -> &Handle {
         &self.workers[index % self.workers.len()].handle
@@ -127,7 +139,19 @@ impl Worker {
             // An error means that the sender is gone, which is a stop as well.
             let _ = runtime.block_on(stop.wait_for(|stop| *stop));
         })?;
-        Ok(Self { handle, active: Arc::default(), thread: Some(thread) })
+        let pulse = Pulse::default();
+        handle.spawn({
+            let pulse = pulse.clone();
+            async move {
+                let mut tick = tokio::time::interval(TICK);
+                tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+                loop {
+                    tick.tick().await;
+                    pulse.tick();
+                }
+            }
+        });
+        Ok(Self { handle, active: Arc::default(), thread: Some(thread), pulse })
     }
 }
 

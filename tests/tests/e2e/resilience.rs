@@ -69,8 +69,12 @@ fn a_stopped_daemon_leaves_strict_pods_shut_and_the_others_open() -> Result<()> 
     cluster.node_mut("node-b")?.daemon.as_mut().context("daemon")?.proc.stop(PROPAGATION * 2)?;
     assert!(!answers(&cluster, outsider, strict)?, "nobody is there to check, so nobody gets in");
     assert!(answers(&cluster, outsider, permissive)?);
-    // The pods of the node itself go where they went without the mesh.
-    assert!(answers(&cluster, "shop/pay-0", permissive)?);
+    // What the daemon would have carried ends at once, one way or the other; the rest goes on as before.
+    let dialled =
+        cluster.pod("shop/pay-0")?.dial(&format!("--to {permissive}:{} --send x --shutdown", ports::ECHO))?;
+    assert!(!dialled.received.is_empty() || dialled.end == "connect: refused", "{dialled:?}");
+    let report = cluster.pod("shop/pay-0")?.connects(&format!("--to {}:80 --n 200", vip::LEDGER))?;
+    assert_right("direct connections without the daemon", &report, 200);
     cluster.node_mut("node-b")?.daemon = None;
     cluster.start_node("node-b", &NodeOptions::default())?;
     let client = cluster.pod("shop/web-0")?;
