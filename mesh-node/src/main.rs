@@ -7,10 +7,14 @@ use mesh_node::{
     admin::{Status, client, render},
     bpf, check,
     config::{Config, RunArgs},
-    role,
+    memory, role,
 };
 use std::{path::PathBuf, process::ExitCode};
 use tracing_subscriber::{EnvFilter, Layer, layer::SubscriberExt, reload, util::SubscriberInitExt};
+
+/// Why this one: see `mesh_node::memory`.
+#[global_allocator]
+static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 
 #[derive(Parser)]
 #[command(name = "mesh-node", version, about = "The node daemon of nodemesh.")]
@@ -130,6 +134,7 @@ fn run(args: RunArgs) -> anyhow::Result<ExitCode> {
     let (filter, handle) = reload::Layer::new(filter);
     let lines = tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_ansi(false);
     tracing_subscriber::registry().with(filter).with(lines.boxed()).init();
+    memory::tune();
     role::node::run(config, handle)?;
     Ok(ExitCode::SUCCESS)
 }

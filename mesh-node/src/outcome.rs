@@ -101,6 +101,7 @@ impl End {
             CopyEnd::ResetByServer | CopyEnd::ServerError(_) => Self::broken("UC", end.to_string()),
             CopyEnd::Revoked => Self::broken("RBAC", "a policy that forbids the connection came into force"),
             CopyEnd::Deadline => Self::broken("DC", "the daemon stopped"),
+            CopyEnd::Overloaded => Self::broken("UO", "the pod holds too much for readers that do not read"),
         }
     }
 

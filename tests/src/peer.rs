@@ -45,30 +45,50 @@ pub fn open_tunnel(
     authority: &str,
     line: &str,
 ) -> Result<Tunnel> {
-    let config = client_config(identity)?;
+    open_tunnel_with(netns, identity, to, authority, line, 0)
+}
+
+/// [`open_tunnel`] with a header of `padding` bytes that nobody needs.
+pub fn open_tunnel_with(
+    netns: &NetNs,
+    identity: Option<Identity>,
+    to: SocketAddr,
+    authority: &str,
+    line: &str,
+    padding: usize,
+) -> Result<Tunnel> {
+    let config = Arc::new(client_config(identity)?);
     netns.within(|| {
         block_on(async {
-            tokio::time::timeout(DEADLINE, tunnel(config, to, authority, line))
+            tokio::time::timeout(DEADLINE, tunnel(&config, to, authority, line, padding))
                 .await
                 .context("the tunnel hung")?
         })
     })
 }
 
-async fn tunnel(config: ClientConfig, to: SocketAddr, authority: &str, line: &str) -> Result<Tunnel> {
+async fn tunnel(
+    config: &Arc<ClientConfig>,
+    to: SocketAddr,
+    authority: &str,
+    line: &str,
+    padding: usize,
+) -> Result<Tunnel> {
     let refused = |error: &dyn std::fmt::Display| Ok(Tunnel::Refused(error.to_string()));
-    let tcp = TcpStream::connect(to).await.with_context(|| format!("connect to {to}"))?;
-    let name = ServerName::IpAddress(to.ip().into());
-    let tls = match TlsConnector::from(Arc::new(config)).connect(name, tcp).await {
+    let tls = match tls_connect(config, to).await {
         Ok(tls) => tls,
-        Err(error) => return refused(&error),
+        Err(error) if error.is::<std::io::Error>() => return refused(&error),
+        Err(error) => return Err(error),
     };
     let (client, connection) = match h2::client::handshake(tls).await {
         Ok(pair) => pair,
         Err(error) => return refused(&error),
     };
     let driver = tokio::spawn(connection);
-    let request = http::Request::builder().method(http::Method::CONNECT).uri(authority).body(())?;
+    let mut request = http::Request::builder().method(http::Method::CONNECT).uri(authority).body(())?;
+    if padding > 0 {
+        request.headers_mut().insert("x-padding", "p".repeat(padding).parse()?);
+    }
     // In TLS 1.3 a refused client certificate shows here only: the client's handshake has ended before.
     let result = async {
         let (response, mut body) = client.ready().await?.send_request(request, false)?;
@@ -93,6 +113,16 @@ async fn tunnel(config: ClientConfig, to: SocketAddr, authority: &str, line: &st
         Ok(tunnel) => Ok(tunnel),
         Err::<_, h2::Error>(error) => refused(&error),
     }
+}
+
+/// Connects and shakes hands. An error that is a bare `io::Error` is the handshake's.
+pub(crate) async fn tls_connect(
+    config: &Arc<ClientConfig>,
+    to: SocketAddr,
+) -> Result<tokio_rustls::client::TlsStream<TcpStream>> {
+    let tcp = TcpStream::connect(to).await.with_context(|| format!("connect to {to}"))?;
+    let name = ServerName::IpAddress(to.ip().into());
+    Ok(TlsConnector::from(config.clone()).connect(name, tcp).await?)
 }
 
 /// A TLS server that accepts connections and never sends anything; ended when dropped.
@@ -169,7 +199,7 @@ fn provider() -> Arc<CryptoProvider> {
     Arc::new(aws_lc_rs::default_provider())
 }
 
-fn client_config(identity: Option<Identity>) -> Result<ClientConfig> {
+pub(crate) fn client_config(identity: Option<Identity>) -> Result<ClientConfig> {
     let builder = ClientConfig::builder_with_provider(provider())
         .with_protocol_versions(&[&rustls::version::TLS13])?
         .dangerous()

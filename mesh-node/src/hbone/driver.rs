@@ -1,7 +1,8 @@
 //! What keeps a connection alive besides its streams: PING, window growth, and the client's driver task.
 
 use super::{
-    CONNECTION_WINDOW, MAX_CONNECTION_WINDOW, PING_INTERVAL, PING_TIMEOUT, STREAM_WINDOW,
+    CONNECTION_WINDOW, MAX_CONNECTION_WINDOW, MIN_STREAM_WINDOW, PING_INTERVAL, PING_TIMEOUT, POD_WINDOW,
+    STREAM_WINDOW,
     fault::Fault,
     pool::{Closed, ConnShared},
 };
@@ -65,12 +66,20 @@ pub(super) fn window_for(streams: usize) -> u32 {
     wanted.clamp(CONNECTION_WINDOW, MAX_CONNECTION_WINDOW)
 }
 
+/// The window for each stream of a pod with a number of connections. In powers of two, so that it seldom changes.
+pub(super) fn stream_window_for(connections: usize) -> u32 {
+    let connections = u32::try_from(connections.max(1)).unwrap_or(u32::MAX);
+    let sharers = connections.checked_next_power_of_two().unwrap_or(u32::MAX);
+    (POD_WINDOW / sharers).clamp(MIN_STREAM_WINDOW, STREAM_WINDOW)
+}
+
 /// Drives a client connection to its end and says what ended it. Calls `sweep` now and then so that the pool can let
 /// an idle connection go.
 pub(super) async fn drive<IO>(
     mut connection: client::Connection<IO, Bytes>,
     fault: Fault,
     shared: Arc<ConnShared>,
+    connections: impl Fn() -> usize,
     sweep_every: Duration,
     mut sweep: impl FnMut(),
 ) -> Closed
@@ -80,11 +89,17 @@ where
     let mut alive = KeepAlive::new(connection.ping_pong());
     let mut sweeper = ticker(sweep_every);
     let mut window = CONNECTION_WINDOW;
+    let mut stream_window = stream_window_for(connections());
     poll_fn(|cx| {
         let wanted = window_for(shared.streams());
         if wanted > window {
             window = wanted;
             connection.set_target_window_size(window);
+        }
+        let wanted = stream_window_for(connections());
+        // Refused while the peer has not acknowledged the last change; then it is tried again.
+        if wanted != stream_window && connection.set_initial_window_size(wanted).is_ok() {
+            stream_window = wanted;
         }
         if alive.poll_dead(cx).is_ready() {
             let detail = format!("no answer to a PING within {} s", PING_TIMEOUT.as_secs());
@@ -105,6 +120,18 @@ where
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_more_connections_a_pod_has_the_less_each_may_have_in_flight() {
+        assert_eq!(stream_window_for(0), STREAM_WINDOW);
+        assert_eq!(stream_window_for(64), STREAM_WINDOW);
+        assert_eq!(stream_window_for(65), STREAM_WINDOW / 2);
+        assert_eq!(stream_window_for(1000), 256 << 10);
+        assert_eq!(stream_window_for(usize::MAX), MIN_STREAM_WINDOW);
+        for connections in [1, 100, 1000, 5000, 8192] {
+            assert!(connections as u64 * u64::from(stream_window_for(connections)) <= u64::from(POD_WINDOW));
+        }
+    }
 
     #[test]
     fn the_window_grows_with_the_streams_and_stays_bounded() {

@@ -177,7 +177,7 @@ pub enum Refusal {
         source: io::Error,
     },
     /// This node cannot take it now.
-    #[error("not now: {0}")]
+    #[error("not now: the limit on {0} of the pod is reached")]
     Overloaded(&'static str),
 }
 

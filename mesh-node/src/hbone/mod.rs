@@ -31,8 +31,15 @@ use std::time::Duration;
 /// The port on which a workload's node takes HBONE, on the pod's address.
 pub const HBONE_PORT: u16 = 15008;
 
-/// Flow-control window of a stream, in bytes.
+/// Largest flow-control window of a stream, in bytes: what a reader that does not read costs at most.
 pub const STREAM_WINDOW: u32 = 4 << 20;
+
+/// Smallest flow-control window of a stream, in bytes.
+pub const MIN_STREAM_WINDOW: u32 = 32 << 10;
+
+/// What the windows of all streams of one pod may add up to, in bytes, as long as [`MIN_STREAM_WINDOW`] lets them: the
+/// more connections a pod has, the less each may have in flight.
+pub const POD_WINDOW: u32 = 256 << 20;
 
 /// Flow-control window of a connection with few streams, in bytes.
 pub const CONNECTION_WINDOW: u32 = 16 << 20;
@@ -47,8 +54,8 @@ pub const MAX_FRAME: u32 = 1 << 20;
 /// Payload that one stream may have queued towards the peer, in bytes.
 pub const SEND_BUFFER: usize = 512 << 10;
 
-/// Largest header list that we accept, in bytes.
-pub const MAX_HEADER_LIST: u32 = 64 << 10;
+/// Largest header list that we accept, in bytes. A CONNECT needs a few hundred.
+pub const MAX_HEADER_LIST: u32 = 16 << 10;
 
 /// Streams that a client puts on one connection.
 pub const CLIENT_STREAMS: usize = 100;
@@ -64,3 +71,9 @@ pub const PING_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// How long a connection without streams stays in the pool.
 pub const IDLE_TIMEOUT: Duration = Duration::from_secs(300);
+
+/// How long a server keeps a connection without streams: longer than the client, which knows better.
+pub const SERVER_IDLE_TIMEOUT: Duration = Duration::from_secs(360);
+
+/// The same when the pod has many of them.
+pub const CROWDED_IDLE_TIMEOUT: Duration = Duration::from_secs(5);

@@ -1,13 +1,14 @@
 //! The server side of one connection: requests in, tunnels out.
 
 use super::{
-    CONNECTION_WINDOW, MAX_FRAME, MAX_HEADER_LIST, PING_TIMEOUT, SEND_BUFFER, SERVER_STREAMS, STREAM_WINDOW,
-    driver::{KeepAlive, window_for},
+    CONNECTION_WINDOW, CROWDED_IDLE_TIMEOUT, MAX_FRAME, MAX_HEADER_LIST, PING_TIMEOUT, SEND_BUFFER,
+    SERVER_IDLE_TIMEOUT, SERVER_STREAMS,
+    driver::{KeepAlive, stream_window_for, window_for},
     error::Refusal,
     headers::ConnectRequest,
     stream::HboneStream,
 };
-use crate::tls::Peer;
+use crate::{fair::Share, tls::Peer};
 use bytes::Bytes;
 use h2::{
     RecvStream,
@@ -23,7 +24,7 @@ use std::{
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     task::JoinSet,
-    time::{sleep, timeout},
+    time::{Instant, interval, sleep, timeout},
 };
 use tokio_util::sync::CancellationToken;
 
@@ -47,6 +48,24 @@ pub trait Handler: Send + Sync + 'static {
     /// Carries the tunnel to its end; the client has its 200.
     fn splice(&self, upstream: Self::Upstream, stream: HboneStream) -> impl Future<Output = ()> + Send;
 
+    /// Under which key the connection takes part in the shares of its worker (`crate::fair`).
+    fn share(&self) -> u64 {
+        0
+    }
+
+    /// Connections that the workload has in all; their number decides about the windows.
+    fn connections(&self) -> usize {
+        1
+    }
+
+    /// Whether connections without streams should make room soon.
+    fn crowded(&self) -> bool {
+        false
+    }
+
+    /// Told when the connection is ended because it carried nothing.
+    fn idled(&self) {}
+
     /// Told of every request that gets no tunnel, for metrics and logs; those too that [`Handler::connect`] never saw.
     fn refused(&self, peer: &Arc<Peer>, refusal: &Refusal);
 }
@@ -69,6 +88,8 @@ pub enum ServeEnd {
     Broken(h2::Error),
     /// The client did not answer a PING.
     Dead,
+    /// It carried nothing for too long.
+    Idle,
     /// The client did not begin to speak HTTP/2 in time.
     NoPreface,
 }
@@ -80,8 +101,9 @@ where
     IO: AsyncRead + AsyncWrite + Unpin,
     H: Handler,
 {
+    let mut stream_window = stream_window_for(handler.connections());
     let handshake = Builder::new()
-        .initial_window_size(STREAM_WINDOW)
+        .initial_window_size(stream_window)
         .initial_connection_window_size(CONNECTION_WINDOW)
         .max_frame_size(MAX_FRAME)
         .max_header_list_size(MAX_HEADER_LIST)
@@ -103,7 +125,14 @@ where
     let mut streams = JoinSet::new();
     let mut draining = false;
     let mut window = CONNECTION_WINDOW;
+    let mut idle_check = interval(CROWDED_IDLE_TIMEOUT);
+    let mut idle_since = Instant::now();
     let end = loop {
+        let wanted = stream_window_for(handler.connections());
+        // Refused while the peer has not acknowledged the last change; then it is tried again.
+        if wanted != stream_window && connection.set_initial_window_size(wanted).is_ok() {
+            stream_window = wanted;
+        }
         tokio::select! {
             biased;
             () = options.drain.cancelled(), if !draining => {
@@ -118,11 +147,19 @@ where
                 tracing::debug!(peer = %peer.id, after = ?PING_TIMEOUT, "no answer to a PING");
                 break ServeEnd::Dead;
             }
-            Some(_) = streams.join_next() => {}
+            Some(_) = streams.join_next() => idle_since = Instant::now(),
+            _ = idle_check.tick() => {
+                let patience = if handler.crowded() { CROWDED_IDLE_TIMEOUT } else { SERVER_IDLE_TIMEOUT };
+                if streams.is_empty() && idle_since.elapsed() >= patience {
+                    handler.idled();
+                    break ServeEnd::Idle;
+                }
+            }
             accepted = connection.accept() => match accepted {
                 Some(Ok((request, respond))) => {
                     let (handler, peer) = (handler.clone(), peer.clone());
-                    streams.spawn(stream(handler, peer, request, respond, options.local_ip));
+                    let key = handler.share();
+                    streams.spawn(Share::new(key, stream(handler, peer, request, respond, options.local_ip)));
                     let wanted = window_for(streams.len());
                     if wanted > window {
                         window = wanted;

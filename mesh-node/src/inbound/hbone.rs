@@ -4,7 +4,7 @@ use super::{Inbound, Permit, leads_back};
 use crate::{
     hbone::{self, ConnectRequest, HboneStream, Refusal, ServeOptions, Target},
     l4::HboneEnd,
-    local::{LocalPod, Slot},
+    local::{Handshake, Limit, LocalPod, Slot},
     metrics::{Direction, Security},
     outcome::{Connection, End, Ends, chain},
     tls::{self, Peer},
@@ -29,9 +29,14 @@ struct Ready {
 
 impl Inbound {
     /// Serves one connection to a captured pod's port 15008, from the handshake to the end of its last tunnel.
-    pub async fn hbone(&self, pod: Arc<LocalPod>, stream: TcpStream, remote: SocketAddr) {
+    pub async fn hbone(&self, pod: Arc<LocalPod>, stream: TcpStream, remote: SocketAddr, begun: Handshake) {
         let local_ip = stream.local_addr().ok().map(|addr| addr.ip());
-        let (tls, peer) = match tls::accept(stream, pod.tls(), tls::HANDSHAKE_TIMEOUT).await {
+        let accepted = tokio::select! {
+            accepted = tls::accept(stream, pod.tls(), tls::HANDSHAKE_TIMEOUT) => accepted,
+            // Counted as a limit that was reached; a record for each would make a storm of log lines too.
+            () = begun.evicted() => return,
+        };
+        let (tls, peer) = match accepted {
             Ok(accepted) => accepted,
             Err(reject) => {
                 let mut ends = self.ends(&pod, remote);
@@ -45,6 +50,11 @@ impl Inbound {
                 record.finish(&End::refused("DPE", reject.reason.label(), text), 0, 0);
                 return;
             }
+        };
+        begun.done();
+        let Ok(_place) = pod.limits.tunnel() else {
+            tracing::debug!(%remote, pod = %pod.name, "the pod has as many tunnels as it may");
+            return;
         };
         let handler = Arc::new(Tunnel { inbound: self.clone(), pod, remote });
         let options = ServeOptions { local_ip, drain: self.drain.begin.clone() };
@@ -91,7 +101,8 @@ impl Tunnel {
         client: SocketAddr,
         to: SocketAddr,
     ) -> Result<(Permit, TcpStream, Slot), Refusal> {
-        let slot = self.pod.slot().ok_or(Refusal::Overloaded("the pod has as many connections as it may"))?;
+        let overloaded = |limit: Limit| Refusal::Overloaded(limit.label());
+        let slot = self.pod.limits.slot(1).map_err(overloaded)?;
         let permit = Permit::check(&self.pod, Some(&peer.id), client, to)
             .map_err(|denied| Refusal::Denied { by: denied.by })?;
         let server =
@@ -102,6 +113,22 @@ impl Tunnel {
 
 impl hbone::Handler for Tunnel {
     type Upstream = Ready;
+
+    fn share(&self) -> u64 {
+        self.pod.cookie
+    }
+
+    fn connections(&self) -> usize {
+        self.pod.limits.connections()
+    }
+
+    fn crowded(&self) -> bool {
+        self.pod.limits.crowded()
+    }
+
+    fn idled(&self) {
+        self.pod.limits.hit(Limit::IdleTunnels);
+    }
 
     async fn connect(&self, peer: &Arc<Peer>, request: ConnectRequest) -> Result<Self::Upstream, Refusal> {
         let to = self.resolve(&request.target)?;

@@ -14,7 +14,7 @@ use crate::{
     bpf::SocketMeta,
     drain::Drain,
     l4::{ByteCounters, CopyOutcome, Endpoint, Stop, TcpEnd, copy},
-    local::{LocalPod, SharedLocals},
+    local::{Buffered, LocalPod, SharedLocals},
     metrics::Metrics,
     outcome::End,
     state::Store,
@@ -62,6 +62,7 @@ impl Inbound {
         mut permit: Permit,
     ) -> (CopyOutcome, End) {
         let counters = ByteCounters::default();
+        let buffered = Buffered::of(&permit.pod.limits);
         let mut by = None;
         let stop = async {
             tokio::select! {
@@ -72,7 +73,7 @@ impl Inbound {
                 () = self.drain.force.cancelled() => Stop::Deadline,
             }
         };
-        let outcome = copy(client, TcpEnd::new(server), &counters, stop).await;
+        let outcome = copy(client, TcpEnd::new(server), &counters, buffered, stop).await;
         let mut end = End::of_copy(&outcome.end);
         if let Some(denied) = by {
             end.error = denied.to_string();

@@ -3,7 +3,7 @@
 use super::{Inbound, Permit, leads_back};
 use crate::{
     l4::TcpEnd,
-    local::LocalPod,
+    local::{LocalPod, SettingUp},
     metrics::{Direction, Security},
     net,
     outcome::{Connection, End, Ends, chain},
@@ -14,7 +14,7 @@ use tokio::net::TcpStream;
 impl Inbound {
     /// Serves one connection. Its local address is what the client dialled: the kernel steered it here without
     /// changing it.
-    pub async fn plain(&self, pod: Arc<LocalPod>, stream: TcpStream, client: SocketAddr) {
+    pub async fn plain(&self, pod: Arc<LocalPod>, stream: TcpStream, client: SocketAddr, begun: SettingUp) {
         let ends = Ends {
             client: Some(client),
             source: self.client_workload(client),
@@ -25,7 +25,7 @@ impl Inbound {
             ..Ends::default()
         };
         let mut record = Connection::begin(self.metrics.clone(), Direction::Inbound, ends);
-        let (end, sent, received) = self.plain_inner(&mut record, pod, stream, client).await;
+        let (end, sent, received) = self.plain_inner(&mut record, pod, stream, client, begun).await;
         record.finish(&end, sent, received);
     }
 
@@ -35,6 +35,7 @@ impl Inbound {
         pod: Arc<LocalPod>,
         stream: TcpStream,
         client: SocketAddr,
+        begun: SettingUp,
     ) -> (End, u64, u64) {
         let refuse = |stream: &TcpStream, flags, reason, text: String| {
             // A reset, as from a closed port: a plain close would look like a server that hung up.
@@ -47,13 +48,12 @@ impl Inbound {
         if leads_back(to) || !pod.addrs.contains(&to.ip()) {
             return refuse(&stream, "DPE", "own_port", format!("{to} is a port of the mesh itself"));
         }
-        let Some(_slot) = pod.slot() else {
-            return refuse(
-                &stream,
-                "UO",
-                "overloaded",
-                "the pod has as many connections as it may".to_owned(),
-            );
+        let _slot = match pod.limits.slot(2) {
+            Ok(slot) => slot,
+            Err(limit) => {
+                let text = format!("the limit on {} of the pod is reached", limit.label());
+                return refuse(&stream, "UO", "overloaded", text);
+            }
         };
         let permit = match Permit::check(&pod, None, client, to) {
             Ok(permit) => permit,
@@ -67,6 +67,7 @@ impl Inbound {
             Err(error) => return refuse(&stream, "UF", "unavailable", chain(&error)),
         };
         record.opened();
+        drop(begun);
         let (outcome, end) = self.splice(TcpEnd::new(stream), server, permit).await;
         (end, outcome.received, outcome.sent)
     }

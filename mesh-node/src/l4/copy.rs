@@ -1,6 +1,7 @@
 //! The copy loop: one future, both directions.
 
 use super::endpoint::{Endpoint, EndpointError, Queue};
+use crate::local::Buffered;
 use std::{
     fmt,
     future::{Future, poll_fn},
@@ -55,6 +56,8 @@ pub enum CopyEnd {
     Revoked,
     /// Draining ended it.
     Deadline,
+    /// Its pod holds too much for readers that do not read, and it would have held more.
+    Overloaded,
 }
 
 impl CopyEnd {
@@ -68,6 +71,7 @@ impl CopyEnd {
             Self::ServerError(_) => "server_error",
             Self::Revoked => "revoked",
             Self::Deadline => "deadline",
+            Self::Overloaded => "overloaded",
         }
     }
 }
@@ -175,11 +179,14 @@ impl Direction {
 
 /// Copies both ways until the connection has ended on both sides, or `stop` says so.
 ///
+/// What waits for a slow side is counted by `buffered`, which may end the connection.
+///
 /// A reset or an error on one side resets the other; `stop` resets both. Dropping the future resets both as well.
 pub async fn copy<C: Endpoint, S: Endpoint>(
     mut client: C,
     mut server: S,
     counters: &ByteCounters,
+    mut buffered: Buffered,
     stop: impl Future<Output = Stop>,
 ) -> CopyOutcome {
     let mut stop = pin!(stop);
@@ -192,20 +199,23 @@ pub async fn copy<C: Endpoint, S: Endpoint>(
                 Stop::Deadline => CopyEnd::Deadline,
             });
         }
-        let up = match up.poll(cx, &mut client, &mut server, &counters.sent) {
+        let up_done = match up.poll(cx, &mut client, &mut server, &counters.sent) {
             Poll::Ready(Err((Side::Reader, error))) => return Poll::Ready(client_failed(error)),
             Poll::Ready(Err((Side::Writer, error))) => return Poll::Ready(server_failed(error)),
             Poll::Ready(Ok(())) => true,
             Poll::Pending => false,
         };
-        let down = match down.poll(cx, &mut server, &mut client, &counters.received) {
+        let down_done = match down.poll(cx, &mut server, &mut client, &counters.received) {
             Poll::Ready(Err((Side::Reader, error))) => return Poll::Ready(server_failed(error)),
             Poll::Ready(Err((Side::Writer, error))) => return Poll::Ready(client_failed(error)),
             Poll::Ready(Ok(())) => true,
             Poll::Pending => false,
         };
-        if up && down {
+        if up_done && down_done {
             return Poll::Ready(CopyEnd::Clean);
+        }
+        if !buffered.set(up.queue.len() + down.queue.len()) {
+            return Poll::Ready(CopyEnd::Overloaded);
         }
         // A reset that neither direction can notice: the side is not being read because the other does not take more,
         // or because its half-close was read already.

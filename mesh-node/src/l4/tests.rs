@@ -6,6 +6,7 @@ use crate::{
         ConnectRequest, Handler, HboneStream, Pool, PoolLimits, Refusal, STREAM_WINDOW, Target,
         tests::{CART, CountingDialer, LOOPBACK, Server, WEB, connect_to, eventually, key, server, within},
     },
+    local::Buffered,
     tls::{Peer, testca::TestCa},
 };
 use std::{
@@ -39,7 +40,9 @@ impl Handler for Inbound {
 
     async fn splice(&self, upstream: TcpStream, stream: HboneStream) {
         let never = std::future::pending();
-        let outcome = copy(HboneEnd::new(stream), TcpEnd::new(upstream), &self.counters, never).await;
+        let outcome =
+            copy(HboneEnd::new(stream), TcpEnd::new(upstream), &self.counters, Buffered::default(), never)
+                .await;
         let _ = self.outcomes.send(outcome);
     }
 
@@ -106,13 +109,13 @@ impl Path {
                     let outcome = match tunnel {
                         None => {
                             let upstream = TcpStream::connect(to).await.unwrap();
-                            copy(client, TcpEnd::new(upstream), &counters, stop).await
+                            copy(client, TcpEnd::new(upstream), &counters, Buffered::default(), stop).await
                         }
                         Some(key) => {
                             let request = connect_to(&to.to_string());
                             let dialer = CountingDialer::default();
                             let stream = pool.connect(&key, &web, &request, &dialer).await.unwrap();
-                            copy(client, HboneEnd::new(stream), &counters, stop).await
+                            copy(client, HboneEnd::new(stream), &counters, Buffered::default(), stop).await
                         }
                     };
                     let _ = report.send(outcome);
@@ -437,7 +440,8 @@ async fn a_copy_that_is_dropped_is_no_clean_end() {
         let ((mut client, near), (far, mut server)) = (pair().await, pair().await);
         let task = tokio::spawn(async move {
             let counters = ByteCounters::default();
-            copy(TcpEnd::new(near), TcpEnd::new(far), &counters, std::future::pending()).await
+            copy(TcpEnd::new(near), TcpEnd::new(far), &counters, Buffered::default(), std::future::pending())
+                .await
         });
         client.write_all(b"x").await.unwrap();
         server.read_exact(&mut [0]).await.unwrap();
@@ -460,7 +464,7 @@ async fn bytes_read_before_the_copy_come_first() {
         let task = tokio::spawn(async move {
             let counters = ByteCounters::default();
             let end = TcpEnd::with_prefix(near, bytes::Bytes::from_static(b"GET "));
-            copy(end, TcpEnd::new(far), &counters, std::future::pending()).await
+            copy(end, TcpEnd::new(far), &counters, Buffered::default(), std::future::pending()).await
         });
         client.write_all(b"/").await.unwrap();
         client.shutdown().await.unwrap();
@@ -532,7 +536,7 @@ async fn reading_ahead_is_bounded() {
         tokio::time::sleep(Duration::from_millis(100)).await;
         Stop::Deadline
     };
-    let outcome = copy(end(), end(), &counters, stop).await;
+    let outcome = copy(end(), end(), &counters, Buffered::default(), stop).await;
     assert!(matches!(outcome.end, CopyEnd::Deadline));
     let peak = *peak.lock().unwrap();
     // Both directions, each at most one piece over its bound.
@@ -547,7 +551,8 @@ async fn an_idle_copy_is_small() {
         let (a, b) = tokio::join!(TcpStream::connect(addr), listener.accept());
         let counters = ByteCounters::default();
         let stop = std::future::pending::<Stop>();
-        let future = copy(TcpEnd::new(a.unwrap()), TcpEnd::new(b.unwrap().0), &counters, stop);
+        let future =
+            copy(TcpEnd::new(a.unwrap()), TcpEnd::new(b.unwrap().0), &counters, Buffered::default(), stop);
         let size = size_of_val(&future);
         assert!(size <= 1024, "the future of a copy has {size} bytes");
     })

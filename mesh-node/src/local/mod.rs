@@ -3,17 +3,17 @@
 //! An immutable snapshot behind an `ArcSwap`: the reconcile task replaces it, connections read it. What a pod's
 //! listeners and kernel entries are is `capture`'s; here is only what a connection needs.
 
+mod limits;
+
+pub use limits::{
+    Buffered, Handshake, Limit, MAX_BUFFERED, MAX_HANDSHAKES, MAX_HANDSHAKES_OF_NODE, MAX_SETTING_UP,
+    MAX_TUNNELS, NodeLimits, PodLimits, SettingUp, Slot, Tunnel,
+};
+
 use crate::{identity::IdentityHandle, net::NetNs, policy::PolicySet, tls::LocalIdentity};
 use arc_swap::ArcSwap;
 use mesh_xds::model::{NamespacedName, SpiffeId};
-use std::{
-    collections::HashMap,
-    net::IpAddr,
-    sync::{
-        Arc,
-        atomic::{AtomicUsize, Ordering},
-    },
-};
+use std::{collections::HashMap, net::IpAddr, sync::Arc};
 use tokio::sync::watch;
 
 /// A captured pod.
@@ -33,29 +33,19 @@ pub struct LocalPod {
     certificate: IdentityHandle,
     /// The policies for its inbound connections; a change is seen by every live connection.
     pub policies: watch::Sender<Arc<PolicySet>>,
-    connections: Arc<AtomicUsize>,
-    limit: usize,
-}
-
-/// A place among a pod's connections, given back when dropped.
-#[derive(Debug)]
-pub struct Slot(Arc<AtomicUsize>);
-
-impl Drop for Slot {
-    fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::Relaxed);
-    }
+    /// What it holds of this node, and how much it may.
+    pub limits: Arc<PodLimits>,
 }
 
 impl LocalPod {
-    /// A pod with no connections yet; `limit` is the most it may have at a time.
+    /// A pod with no connections yet.
     pub fn new(
         name: NamespacedName,
         addrs: Vec<IpAddr>,
         netns: Arc<NetNs>,
         certificate: IdentityHandle,
         policies: Arc<PolicySet>,
-        limit: usize,
+        limits: Arc<NodeLimits>,
     ) -> Self {
         let policies = watch::channel(policies).0;
         Self {
@@ -66,8 +56,7 @@ impl LocalPod {
             identity: certificate.identity().id().clone(),
             certificate,
             policies,
-            connections: Arc::default(),
-            limit,
+            limits: Arc::new(PodLimits::new(limits)),
         }
     }
 
@@ -76,16 +65,9 @@ impl LocalPod {
         self.certificate.identity()
     }
 
-    /// Takes a place for one more connection; `None` when the pod has as many as it may.
-    pub fn slot(&self) -> Option<Slot> {
-        let taken = self.connections.fetch_add(1, Ordering::Relaxed);
-        let slot = Slot(self.connections.clone());
-        (taken < self.limit).then_some(slot)
-    }
-
     /// Live connections, both directions.
     pub fn connections(&self) -> usize {
-        self.connections.load(Ordering::Relaxed)
+        self.limits.connections()
     }
 }
 

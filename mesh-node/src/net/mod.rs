@@ -20,5 +20,10 @@ mod sys;
 pub(crate) mod testing;
 pub mod unix;
 
+/// Raises this process's limit on descriptors (RLIMIT_NOFILE) to the hard one and returns it.
+pub fn raise_descriptor_limit() -> std::io::Result<u64> {
+    sys::raise_descriptor_limit()
+}
+
 pub use ns::{NetNs, NetNsError, NsId};
 pub use socket::{Dialing, accept_from, reset_on_close};

@@ -51,3 +51,18 @@ pub(super) fn own_received(fds: &[RawFd]) -> Vec<OwnedFd> {
     // numbers, and the caller passes each received list here once.
     fds.iter().map(|&fd| unsafe { OwnedFd::from_raw_fd(fd) }).collect()
 }
+
+/// Raises the number of descriptors that this process may have to its hard limit, and returns it.
+pub(super) fn raise_descriptor_limit() -> io::Result<u64> {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: the kernel writes one `rlimit` to where the pointer points, which is one.
+    if unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    limit.rlim_cur = limit.rlim_max;
+    // SAFETY: the kernel reads one `rlimit` from where the pointer points, which is one.
+    if unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(limit.rlim_cur)
+}

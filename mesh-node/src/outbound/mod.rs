@@ -16,7 +16,7 @@ use crate::{
     },
     inbound::{Denied, Inbound, Permit},
     l4::{ByteCounters, Endpoint, HboneEnd, Stop, TcpEnd, copy},
-    local::{LocalPod, SharedLocals},
+    local::{Buffered, Limit, LocalPod, SettingUp, SharedLocals},
     metrics::{Direction, Metrics, Security},
     net,
     outcome::{Connection, End, Ends, chain},
@@ -67,8 +67,8 @@ pub struct Outbound {
 enum OutboundError {
     #[error("the kernel knows no original destination: somebody dialled the mesh's own port")]
     NoOriginalDestination(#[source] Option<io::Error>),
-    #[error("the pod has as many connections as it may (--max-connections-per-pod)")]
-    Overloaded,
+    #[error("the limit on {} of the pod is reached", .0.label())]
+    Overloaded(Limit),
     #[error(transparent)]
     Plan(#[from] PlanError),
     #[error("cannot connect to {to}")]
@@ -97,7 +97,7 @@ impl OutboundError {
     fn end(&self) -> End {
         let (flags, reason) = match self {
             Self::NoOriginalDestination(_) => ("DPE", "no_original_destination"),
-            Self::Overloaded => ("UO", "overloaded"),
+            Self::Overloaded(_) => ("UO", "overloaded"),
             Self::Plan(PlanError::NoEndpoint { .. }) => ("UH", "no_endpoints"),
             Self::Plan(PlanError::NoSuchPort { .. }) => ("NR", "no_such_port"),
             Self::Plan(PlanError::Identity { .. }) => ("NR", "bad_identity"),
@@ -130,11 +130,27 @@ impl Dialer for PodDialer {
     async fn dial(&self, to: SocketAddr) -> io::Result<TcpStream> {
         self.pod.netns.dial(self.bind, to, |_| Ok(()))?.await
     }
+
+    fn share(&self) -> u64 {
+        self.pod.cookie
+    }
+
+    fn connections(&self) -> usize {
+        self.pod.limits.connections()
+    }
 }
 
 impl Outbound {
     /// Serves one accepted connection of `pod`; `pool` is the worker's.
-    pub async fn serve(&self, pool: &Pool, pod: Arc<LocalPod>, stream: TcpStream, client: SocketAddr) {
+    /// Until it is joined to its destination it counts as `begun`.
+    pub async fn serve(
+        &self,
+        pool: &Pool,
+        pod: Arc<LocalPod>,
+        stream: TcpStream,
+        client: SocketAddr,
+        begun: SettingUp,
+    ) {
         let world = self.store.world();
         let ends = Ends {
             client: Some(client),
@@ -144,15 +160,23 @@ impl Outbound {
         };
         drop(world);
         let mut record = Connection::begin(self.metrics.clone(), Direction::Outbound, ends);
-        let slot = pod.slot();
-        let upstream = match &slot {
-            Some(_) => self.upstream(&mut record, pool, &pod, &stream, client).await,
-            None => Err(OutboundError::Overloaded),
+        let mut slot = pod.limits.slot(1);
+        let upstream = match &mut slot {
+            // In a box, so that a connection that idles does not hold the room that its beginning needed.
+            Ok(slot) => {
+                Box::pin(self.upstream(&mut record, pool, &pod, &stream, client)).await.and_then(|up| {
+                    // A tunnel is shared by many; every other connection has a socket of its own.
+                    let own = usize::from(!matches!(up, Upstream::Hbone(_)));
+                    slot.more(own).map(|()| up).map_err(OutboundError::Overloaded)
+                })
+            }
+            Err(limit) => Err(OutboundError::Overloaded(*limit)),
         };
+        drop(begun);
         match upstream {
             Ok(upstream) => {
                 record.opened();
-                let (end, sent, received) = self.splice(TcpEnd::new(stream), upstream).await;
+                let (end, sent, received) = self.splice(&pod, TcpEnd::new(stream), upstream).await;
                 record.finish(&end, sent, received);
             }
             Err(error) => {
@@ -308,8 +332,8 @@ impl Outbound {
     }
 
     /// Copies to the end. Returns it with the bytes from the server and from the client.
-    async fn splice(&self, client: impl Endpoint, upstream: Upstream) -> (End, u64, u64) {
-        let counters = ByteCounters::default();
+    async fn splice(&self, pod: &LocalPod, client: impl Endpoint, upstream: Upstream) -> (End, u64, u64) {
+        let (counters, buffered) = (ByteCounters::default(), Buffered::of(&pod.limits));
         let stop = async {
             self.drain.force.cancelled().await;
             Stop::Deadline
@@ -321,12 +345,12 @@ impl Outbound {
                 (outcome, end)
             }
             Upstream::Plain(server) => {
-                let outcome = copy(client, TcpEnd::new(server), &counters, stop).await;
+                let outcome = copy(client, TcpEnd::new(server), &counters, buffered, stop).await;
                 let end = End::of_copy(&outcome.end);
                 (outcome, end)
             }
             Upstream::Hbone(stream) => {
-                let outcome = copy(client, HboneEnd::new(stream), &counters, stop).await;
+                let outcome = copy(client, HboneEnd::new(stream), &counters, buffered, stop).await;
                 let end = End::of_copy(&outcome.end);
                 (outcome, end)
             }

@@ -1,7 +1,14 @@
 //! The accept loops of a captured pod: outbound, plaintext inbound, HBONE inbound.
 
 use super::workers::Workers;
-use crate::{hbone::Pool, inbound::Inbound, local::LocalPod, net::accept_from, outbound::Outbound};
+use crate::{
+    fair::Share,
+    hbone::Pool,
+    inbound::Inbound,
+    local::{Handshake, LocalPod, SettingUp},
+    net::accept_from,
+    outbound::Outbound,
+};
 use std::{
     net::{SocketAddr, TcpListener as StdListener},
     sync::Arc,
@@ -21,6 +28,9 @@ pub struct Handlers {
     pub inbound: Inbound,
 }
 
+/// Connections that an accept loop takes in a row before others of the worker have their turn.
+const ACCEPTS: usize = 16;
+
 /// Which of a pod's listeners a connection came in by.
 #[derive(Clone, Copy, Debug)]
 pub enum Kind {
@@ -30,6 +40,23 @@ pub enum Kind {
     Plain,
     /// Dialled on 15008.
     Hbone,
+}
+
+/// The place of a connection among those of its pod that are not established yet.
+enum Begun {
+    Outbound(SettingUp),
+    Plain(SettingUp),
+    Hbone(Handshake),
+}
+
+impl Begun {
+    fn new(kind: Kind, pod: &LocalPod) -> Self {
+        match kind {
+            Kind::Outbound => Self::Outbound(pod.limits.set_up()),
+            Kind::Plain => Self::Plain(pod.limits.set_up()),
+            Kind::Hbone => Self::Hbone(pod.limits.handshake()),
+        }
+    }
 }
 
 impl Handlers {
@@ -49,10 +76,23 @@ impl Handlers {
                 Ok(listener) => listener,
                 Err(error) => return tracing::error!(pod = %pod.name, ?kind, %error, "cannot listen"),
             };
+            let mut accepts = 0;
             loop {
+                accepts += 1;
+                if accepts % ACCEPTS == 0 {
+                    tokio::task::yield_now().await;
+                }
+                let accept = async {
+                    // A pod that has enough under way keeps the rest in its accept queue, at its own expense.
+                    match kind {
+                        Kind::Outbound | Kind::Plain => pod.limits.may_set_up().await,
+                        Kind::Hbone => pod.limits.may_shake_hands().await,
+                    }
+                    accept_from(&listener).await
+                };
                 tokio::select! {
                     () = stop.cancelled() => return,
-                    accepted = accept_from(&listener) => match accepted {
+                    accepted = accept => match accepted {
                         Ok((stream, client)) => this.accepted(home, &pod, kind, stream, client),
                         Err(error) => return tracing::error!(pod = %pod.name, ?kind, %error, "a listener broke"),
                     }
@@ -71,34 +111,39 @@ impl Handlers {
     ) {
         let place = self.workers.place(home);
         let (this, pod, index) = (self.clone(), pod.clone(), place.index);
+        let (key, begun) = (pod.cookie, Begun::new(kind, &pod));
         if !place.away {
-            self.workers.run(place, async move { this.serve(index, pod, kind, stream, client).await });
+            let connection = async move { this.serve(index, pod, begun, stream, client).await };
+            self.workers.run(place, Share::new(key, connection));
             return;
         }
         // A socket belongs to the reactor of the runtime it was made on; this one moves.
         let Ok(stream) = stream.into_std() else { return };
-        self.workers.run(place, async move {
+        let connection = async move {
             match TcpStream::from_std(stream) {
-                Ok(stream) => this.serve(index, pod, kind, stream, client).await,
+                Ok(stream) => this.serve(index, pod, begun, stream, client).await,
                 Err(error) => {
                     tracing::warn!(pod = %pod.name, %error, "a connection could not change workers");
                 }
             }
-        });
+        };
+        self.workers.run(place, Share::new(key, connection));
     }
 
     async fn serve(
         &self,
         index: usize,
         pod: Arc<LocalPod>,
-        kind: Kind,
+        begun: Begun,
         stream: TcpStream,
         client: SocketAddr,
     ) {
-        match kind {
-            Kind::Outbound => self.outbound.serve(&self.pools[index], pod, stream, client).await,
-            Kind::Plain => self.inbound.plain(pod, stream, client).await,
-            Kind::Hbone => self.inbound.hbone(pod, stream, client).await,
+        match begun {
+            Begun::Outbound(begun) => {
+                self.outbound.serve(&self.pools[index], pod, stream, client, begun).await;
+            }
+            Begun::Plain(begun) => self.inbound.plain(pod, stream, client, begun).await,
+            Begun::Hbone(begun) => self.inbound.hbone(pod, stream, client, begun).await,
         }
     }
 }

@@ -3,6 +3,7 @@
 use super::{
     direct::DirectMetrics,
     heartbeat::Heartbeat,
+    limits,
     listeners::Handlers,
     mesh::NodeMesh,
     reconcile::{Command, InStep, QUEUE, Reconcile},
@@ -73,6 +74,7 @@ async fn serve(config: Config, log: LogFilter) -> anyhow::Result<()> {
     let drain = Drain::default();
     let stop = CancellationToken::new();
 
+    let limits = limits::start(&config);
     let mut datapath = load(&config)?;
     let (events, logs) = (datapath.take_events(), datapath.take_logs());
     let (heart, pulse, adopted) = (datapath.heartbeat(), datapath.pulse(), datapath.adopted());
@@ -132,9 +134,9 @@ async fn serve(config: Config, log: LogFilter) -> anyhow::Result<()> {
         in_step: in_step.clone(),
         node_name: config.args.node_name.clone(),
         runtime: tokio::runtime::Handle::current(),
-        connection_limit: config.args.max_connections_per_pod,
         synced: synced.clone(),
         pulse: pulse.clone(),
+        limits: limits.clone(),
     };
     let reconciler =
         std::thread::Builder::new().name("reconcile".into()).spawn(move || reconcile.run(&queue))?;
@@ -180,6 +182,7 @@ async fn serve(config: Config, log: LogFilter) -> anyhow::Result<()> {
         view.skip_direct();
     }
     sampled(&metrics, &view, &handlers, &affinity);
+    limits::export(&metrics, &limits, &view.locals);
     servers(&config, &view, &stop)?;
     let gate = synced.clone();
     tokio::spawn(follow_sync(ads, synced, mesh.clone(), to_reconcile.clone()));

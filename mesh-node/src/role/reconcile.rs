@@ -9,7 +9,7 @@ use crate::{
     bpf::{BpfError, CapturedPod, Datapath, Intent, ops::Table},
     enroll::{CaptureError, LocalPod as NewPod},
     identity::CertManager,
-    local::{LocalPod, Locals, SharedLocals},
+    local::{LocalPod, Locals, NodeLimits, SharedLocals},
     metrics::Metrics,
     outcome::chain,
     plan::{NodeView, intent},
@@ -92,12 +92,12 @@ pub struct Reconcile {
     pub node_name: String,
     /// The runtime of certificates, xDS and admin.
     pub runtime: tokio::runtime::Handle,
-    /// Connections that a pod may have.
-    pub connection_limit: usize,
     /// Whether the configuration is complete. Before that the kernel keeps what a predecessor left.
     pub synced: Arc<AtomicBool>,
     /// This thread's sign of life.
     pub pulse: Pulse,
+    /// What a pod may hold of this node.
+    pub limits: Arc<NodeLimits>,
 }
 
 /// A captured pod's parts that only this thread needs.
@@ -259,7 +259,7 @@ impl Reconcile {
         let policies = Arc::new(PolicySet::for_workload(&workload, world.policies()));
         let certificate = self.certs.acquire(&identity).map_err(|e| CaptureError::Datapath(e.into()))?;
         let addrs = new.info.addrs.clone();
-        let pod = LocalPod::new(name, addrs, new.netns.clone(), certificate, policies, self.connection_limit);
+        let pod = LocalPod::new(name, addrs, new.netns.clone(), certificate, policies, self.limits.clone());
         let pod = Arc::new(pod);
         let port = |v4: bool| {
             let addrs = new.outbound.iter().filter_map(|l| l.local_addr().ok());

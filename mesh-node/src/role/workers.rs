@@ -2,9 +2,10 @@
 //!
 //! A connection lives on one worker from accept to close, so nothing on its path is shared between threads. Each
 //! pod's listeners belong to one worker; a connection is handed to another one only when that one is clearly less
-//! busy. Admin, xDS and certificates run on a runtime of their own, so that a storm of traffic cannot starve them.
+//! busy. Within a worker each pod has its share (`fair`). Admin, xDS and certificates run on a runtime of their own, so
+//! that a storm of traffic cannot starve them.
 
-use crate::pulse::Pulse;
+use crate::{fair, pulse::Pulse};
 use std::{
     future::Future,
     io,
@@ -136,6 +137,7 @@ impl Worker {
         let runtime = Builder::new_current_thread().enable_all().build()?;
         let handle = runtime.handle().clone();
         let thread = std::thread::Builder::new().name(format!("worker-{index}")).spawn(move || {
+            runtime.spawn(fair::dispatch());
             // An error means that the sender is gone, which is a stop as well.
             let _ = runtime.block_on(stop.wait_for(|stop| *stop));
         })?;

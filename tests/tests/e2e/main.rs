@@ -5,6 +5,7 @@ mod bytes;
 mod capture;
 mod enrolment;
 mod harness;
+mod limits;
 mod outcomes;
 mod peers;
 mod policy;

@@ -5,7 +5,7 @@ use super::source::Source;
 /// The modules of mesh-node from the bottom to the top: code may name `crate::MODULE` of a lower layer only. `main`,
 /// `lib` and the programs in `bin` may name all.
 const LAYERS: [&[&str]; 10] = [
-    &["net", "config", "metrics", "drain", "check", "pulse"],
+    &["net", "config", "metrics", "drain", "check", "pulse", "memory", "fair"],
     &["state", "bpf", "admin"],
     &["tls", "policy", "enroll"],
     &["identity", "plan", "cni"],

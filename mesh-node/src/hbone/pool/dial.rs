@@ -5,10 +5,8 @@ use super::{
     table::{ConnShared, Inner},
 };
 use crate::{
-    hbone::{
-        CONNECTION_WINDOW, HboneError, MAX_FRAME, MAX_HEADER_LIST, SEND_BUFFER, STREAM_WINDOW, driver,
-        fault::Watched,
-    },
+    fair::Share,
+    hbone::{CONNECTION_WINDOW, HboneError, MAX_FRAME, MAX_HEADER_LIST, SEND_BUFFER, driver, fault::Watched},
     tls::{self, LocalIdentity, Peer},
 };
 use bytes::Bytes;
@@ -52,7 +50,7 @@ pub(super) async fn dial<D: Dialer>(
         .map_err(tls_error)?;
     let (stream, fault) = Watched::new(stream);
     let (send, connection) = h2::client::Builder::new()
-        .initial_window_size(STREAM_WINDOW)
+        .initial_window_size(driver::stream_window_for(dialer.connections()))
         .initial_connection_window_size(CONNECTION_WINDOW)
         .max_frame_size(MAX_FRAME)
         .max_header_list_size(MAX_HEADER_LIST)
@@ -63,6 +61,7 @@ pub(super) async fn dial<D: Dialer>(
         .await
         .map_err(|e| HboneError::Lost { to, detail: e.to_string() })?;
     let id = inner.next_id();
+    let (share, source) = (dialer.share(), dialer.clone());
     let shared = Arc::new(ConnShared::new(inner));
     let driver = {
         let (shared, pool) = (shared.clone(), Arc::downgrade(inner));
@@ -76,14 +75,16 @@ pub(super) async fn dial<D: Dialer>(
             }
         };
         let sweep_every = (idle / 4).max(Duration::from_millis(10));
-        async move {
-            let closed = driver::drive(connection, fault, shared.clone(), sweep_every, sweep).await;
+        let connections = move || source.connections();
+        Share::new(share, async move {
+            let closed =
+                driver::drive(connection, fault, shared.clone(), connections, sweep_every, sweep).await;
             tracing::debug!(%to, detail = closed.detail, "tunnel connection ended");
             if let Some(pool) = pool.upgrade() {
                 pool.remove(id);
             }
             shared.closed.send_replace(Some(closed));
-        }
+        })
     };
     let expires = own.not_after().min(peer.not_after);
     Ok(Dialed { send, shared, peer: Arc::new(peer), expires, driver: Box::pin(driver), id })

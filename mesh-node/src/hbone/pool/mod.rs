@@ -9,7 +9,10 @@ mod table;
 pub(super) use table::{Closed, ConnShared, StreamSlot};
 
 use super::{CLIENT_STREAMS, IDLE_TIMEOUT, error::HboneError, headers::Connect, stream::HboneStream};
-use crate::tls::{HANDSHAKE_TIMEOUT, LocalIdentity};
+use crate::{
+    fair::Share,
+    tls::{HANDSHAKE_TIMEOUT, LocalIdentity},
+};
 use h2::Reason;
 use http::Request;
 use mesh_xds::model::SpiffeId;
@@ -44,6 +47,16 @@ pub struct PoolKey {
 pub trait Dialer: Clone + Send + Sync + 'static {
     /// Connects to `to`. The pool sets the deadline.
     fn dial(&self, to: SocketAddr) -> impl Future<Output = io::Result<TcpStream>> + Send;
+
+    /// Under which key the connection takes part in the shares of its worker (`crate::fair`).
+    fn share(&self) -> u64 {
+        0
+    }
+
+    /// Connections that the source has in all; their number decides about the windows.
+    fn connections(&self) -> usize {
+        1
+    }
 }
 
 /// Bounds and deadlines of a pool.
@@ -53,6 +66,8 @@ pub struct PoolLimits {
     pub streams_per_connection: usize,
     /// Connections with one key.
     pub connections_per_key: usize,
+    /// Connections from one source address.
+    pub connections_per_source: usize,
     /// Connections altogether.
     pub connections: usize,
     /// How long a connection without streams stays.
@@ -70,6 +85,7 @@ impl Default for PoolLimits {
         Self {
             streams_per_connection: CLIENT_STREAMS,
             connections_per_key: 128,
+            connections_per_source: 1024,
             connections: 8192,
             idle: IDLE_TIMEOUT,
             dial_timeout: Duration::from_secs(10),
@@ -202,11 +218,11 @@ impl Pool {
                     let done = report.subscribe();
                     let (inner, key, local, dialer) =
                         (self.inner.clone(), key.clone(), local.clone(), dialer.clone());
-                    self.inner.tasks.spawn(async move {
+                    self.inner.tasks.spawn(Share::new(dialer.share(), async move {
                         let result = dial::dial(&inner, &key, &local, &dialer).await;
                         let result = inner.finish_dial(&key, id, result);
                         report.send_replace(Some(result));
-                    });
+                    }));
                     done
                 }
             };

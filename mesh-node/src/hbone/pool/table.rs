@@ -192,9 +192,20 @@ impl Inner {
         if entry.conns.len() + entry.dials.len() >= self.limits.connections_per_key {
             return Err(HboneError::Full { what: "connections to this destination" });
         }
+        // A walk over all, but only where a connection is about to be made.
+        let of_source = |entries: &HashMap<PoolKey, Entry>| {
+            let same = entries.iter().filter(|(other, _)| other.source_ip == key.source_ip);
+            same.map(|(_, entry)| entry.conns.len() + entry.dials.len()).sum::<usize>()
+        };
+        if of_source(&state.entries) >= self.limits.connections_per_source {
+            state.forget_if_empty(key);
+            if !self.evict_one_idle(state, |other| other.source_ip == key.source_ip) {
+                return Err(HboneError::Full { what: "connections of this pod" });
+            }
+        }
         if state.connections + state.dialing >= self.limits.connections {
             state.forget_if_empty(key);
-            if !self.evict_one_idle(state) {
+            if !self.evict_one_idle(state, |_| true) {
                 return Err(HboneError::Full { what: "connections of this worker" });
             }
         }
@@ -263,13 +274,13 @@ impl Inner {
         }
     }
 
-    /// Makes room for a new connection at the cost of the one that has been idle for longest.
-    fn evict_one_idle(&self, state: &mut State) -> bool {
+    /// Makes room for a new connection at the cost of the one among `which` that has been idle for longest.
+    fn evict_one_idle(&self, state: &mut State, which: impl Fn(&PoolKey) -> bool) -> bool {
         let oldest = state
             .entries
             .iter()
             .flat_map(|(key, entry)| entry.conns.iter().map(move |conn| (key, conn)))
-            .filter(|(_, conn)| conn.shared.streams() == 0)
+            .filter(|(key, conn)| which(key) && conn.shared.streams() == 0)
             .min_by_key(|(_, conn)| *conn.shared.last_used.lock().unwrap_or_else(PoisonError::into_inner))
             .map(|(key, conn)| (key.clone(), conn.id));
         let Some((key, id)) = oldest else { return false };

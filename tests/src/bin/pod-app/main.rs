@@ -5,6 +5,7 @@
 
 mod bulk;
 mod client;
+mod hold;
 mod options;
 mod server;
 
@@ -15,6 +16,8 @@ use options::{Command, Options};
 fn main() -> Result<()> {
     let report = match Options::parse().command {
         Command::Serve(args) => return server::serve(&args),
+        Command::ServeMany { port } => return hold::serve_many(port),
+        Command::Hold(args) => return hold::hold(&args),
         Command::Idle => loop {
             std::thread::park();
         },

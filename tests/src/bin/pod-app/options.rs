@@ -14,6 +14,14 @@ pub(crate) struct Options {
 pub(crate) enum Command {
     /// Serve on the given ports until ended.
     Serve(Serve),
+    /// Echo on a port, for very many connections, until ended.
+    ServeMany {
+        /// The port.
+        #[arg(long)]
+        port: u16,
+    },
+    /// Open many connections and keep them until ended.
+    Hold(Hold),
     /// Do nothing until ended (a pod that only dials).
     Idle,
     /// Open many connections to a `who` server and verify each.
@@ -94,6 +102,22 @@ pub(crate) enum Mode {
     Tfo,
     /// TCP Fast Open by the socket option `TCP_FASTOPEN_CONNECT`.
     TfoConnect,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Hold {
+    /// The address to dial; an answer to one line is awaited.
+    #[arg(long)]
+    pub(crate) to: SocketAddr,
+    /// How many connections.
+    #[arg(long)]
+    pub(crate) n: u64,
+    /// On how many threads they are opened.
+    #[arg(long, default_value_t = 8)]
+    pub(crate) threads: u64,
+    /// Do not wait for an answer but write until nothing more is taken.
+    #[arg(long)]
+    pub(crate) fill: bool,
 }
 
 #[derive(Debug, Args)]
