@@ -5,7 +5,7 @@
 
 mod bulk;
 mod client;
-mod hold;
+mod crowd;
 mod options;
 mod server;
 
@@ -16,8 +16,8 @@ use options::{Command, Options};
 fn main() -> Result<()> {
     let report = match Options::parse().command {
         Command::Serve(args) => return server::serve(&args),
-        Command::ServeMany { port } => return hold::serve_many(port),
-        Command::Hold(args) => return hold::hold(&args),
+        Command::ServeMany { port } => return crowd::serve_many(port),
+        Command::Crowd(args) => return crowd::crowd(&args),
         Command::Idle => loop {
             std::thread::park();
         },

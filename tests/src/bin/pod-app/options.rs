@@ -21,7 +21,7 @@ pub(crate) enum Command {
         port: u16,
     },
     /// Open many connections and keep them until ended.
-    Hold(Hold),
+    Crowd(Crowd),
     /// Do nothing until ended (a pod that only dials).
     Idle,
     /// Open many connections to a `who` server and verify each.
@@ -105,7 +105,7 @@ pub(crate) enum Mode {
 }
 
 #[derive(Debug, Args)]
-pub(crate) struct Hold {
+pub(crate) struct Crowd {
     /// The address to dial; an answer to one line is awaited.
     #[arg(long)]
     pub(crate) to: SocketAddr,

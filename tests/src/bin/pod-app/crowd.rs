@@ -1,6 +1,6 @@
 //! Connections that stay: many idle ones, and the server for them; readers that never read.
 
-use crate::options::Hold;
+use crate::options::Crowd;
 use anyhow::{Context, Result};
 use socket2::SockRef;
 use std::{
@@ -46,7 +46,7 @@ pub(crate) fn serve_many(port: u16) -> Result<()> {
 }
 
 /// Opens the connections, prints one line of JSON with how many there are, and keeps them until it is ended.
-pub(crate) fn hold(args: &Hold) -> Result<()> {
+pub(crate) fn crowd(args: &Crowd) -> Result<()> {
     let next = AtomicU64::new(0);
     let open = thread::scope(|scope| {
         let workers: Vec<_> = (0..args.threads.max(1))
