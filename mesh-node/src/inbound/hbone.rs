@@ -183,3 +183,25 @@ fn end_of(refusal: &Refusal) -> End {
     };
     End::refused(flags, refusal.label(), chain(refusal))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::hbone::Handler;
+
+    fn connecting<F>(_: impl FnOnce(&'static Tunnel, &'static Arc<Peer>, ConnectRequest) -> F) -> usize {
+        size_of::<F>()
+    }
+
+    fn splicing<F>(_: impl FnOnce(&'static Tunnel, Ready, HboneStream) -> F) -> usize {
+        size_of::<F>()
+    }
+
+    #[test]
+    fn a_stream_is_small() {
+        let connect = connecting(|tunnel, peer, request| tunnel.connect(peer, request));
+        let splice = splicing(|tunnel, ready, stream| tunnel.splice(ready, stream));
+        assert!(connect <= 3072, "connecting a stream takes {connect} bytes");
+        assert!(splice <= 3072, "carrying a stream takes {splice} bytes");
+    }
+}

@@ -147,3 +147,28 @@ impl Handlers {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The size of the future that a call makes; the call itself is never made.
+    fn size<F>(
+        _: impl FnOnce(&'static Handlers, Arc<LocalPod>, TcpStream, SocketAddr, Handshake, SettingUp) -> F,
+    ) -> usize {
+        size_of::<F>()
+    }
+
+    #[test]
+    fn a_connection_is_small() {
+        // An idle connection is this, its sockets' state in the runtime, and its stream's in h2.
+        let outbound = size(|h, pod, stream, client, _, begun| {
+            h.outbound.serve(&h.pools[0], pod, stream, client, begun)
+        });
+        let plain = size(|h, pod, stream, client, _, begun| h.inbound.plain(pod, stream, client, begun));
+        let hbone = size(|h, pod, stream, client, begun, _| h.inbound.hbone(pod, stream, client, begun));
+        assert!(outbound <= 4096, "an outbound connection takes {outbound} bytes");
+        assert!(plain <= 3072, "a plaintext connection takes {plain} bytes");
+        assert!(hbone <= 9 << 10, "an HBONE connection, shared by many streams, takes {hbone} bytes");
+    }
+}
