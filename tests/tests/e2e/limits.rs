@@ -202,6 +202,7 @@ fn readers_that_never_read_are_bounded_together() -> Result<()> {
     let grown = resident(&cluster, "node-b")?.saturating_sub(had);
     assert!(grown < 220 << 20, "{grown} bytes more are resident");
     victim(&cluster, 50)?;
+    assert!(held.taken > 0, "{held:?}");
     // The readers go as well: what was sent to them stays theirs until then.
     drop((proc, sleeper));
     await_memory(&cluster, "node-b", had)
