@@ -25,12 +25,15 @@ const WEB: &str = "spiffe://cluster.local/ns/shop/sa/web";
 /// after seconds, not all of them are free, and the programs' own pages have come in meanwhile.
 const KEPT: u64 = 24 << 20;
 
-/// The mesh with more flags for the daemons.
-fn mesh_with(extra: &[&str]) -> Result<Cluster> {
+/// The mesh with a log filter and more flags for the daemons.
+fn mesh_with(log: &str, extra: &[&str]) -> Result<Cluster> {
     let mut cluster = bare()?;
     cluster.start_control(&quickstart())?;
-    let options =
-        NodeOptions { extra: extra.iter().map(|&flag| flag.to_owned()).collect(), ..NodeOptions::default() };
+    let options = NodeOptions {
+        log: log.to_owned(),
+        extra: extra.iter().map(|&flag| flag.to_owned()).collect(),
+        ..NodeOptions::default()
+    };
     for node in ["node-a", "node-b"] {
         cluster.start_node(node, &options)?;
     }
@@ -121,7 +124,7 @@ fn a_storm_of_connections_starves_nobody() -> Result<()> {
 
 #[test]
 fn idle_connections_are_bounded_per_pod_and_cost_little() -> Result<()> {
-    let cluster = mesh_with(&["--max-connections-per-pod=1500"])?;
+    let cluster = mesh_with("info", &["--max-connections-per-pod=1500"])?;
     let before = cluster.node("node-a")?.scrape()?;
     let had = resident(&cluster, "node-a")?;
     let (guest, cart) = (cluster.pod("shop/guest-0")?, cluster.pod("shop/cart-1")?);
@@ -255,7 +258,7 @@ fn number(name: &str, default: u64) -> u64 {
 #[ignore = "a measurement that takes minutes"]
 fn full_size() -> Result<()> {
     let (pods, idle, storm) = (number("PODS", 43), number("IDLE", 10_000), number("STORM", 72_000));
-    let mut cluster = mesh_with(&["--max-connections-per-pod=30000", "--log=warn,access=off"])?;
+    let mut cluster = mesh_with("warn,access=off", &["--max-connections-per-pod=30000"])?;
     let show = |cluster: &Cluster, what: &str| -> Result<[u64; 2]> {
         let rss = [resident(cluster, "node-a")?, resident(cluster, "node-b")?];
         let memory = |node: &str, state: &str| -> Result<u64> {
