@@ -2,7 +2,7 @@
 //!
 //! Precedence: flag, then environment variable (`NODEMESH_*`), then default. All errors are reported at once.
 
-use clap::Args;
+use clap::{ArgAction, Args};
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 /// Arguments of `mesh-node run`, as given.
@@ -35,6 +35,12 @@ pub struct RunArgs {
     /// Directory of the sockets `cni.sock` and `admin.sock`.
     #[arg(long, env = "NODEMESH_RUN_DIR", default_value = "/run/nodemesh")]
     pub run_dir: PathBuf,
+    /// Directory where the last good configuration is kept, for a start without the control plane.
+    #[arg(long, env = "NODEMESH_STATE_DIR", default_value = "/var/lib/nodemesh")]
+    pub state_dir: PathBuf,
+    /// Keep certificates and keys in --run-dir, so that a restarted daemon serves while the CA is away.
+    #[arg(long, env = "NODEMESH_KEEP_CERTIFICATES", default_value_t = true, action = ArgAction::Set)]
+    pub keep_certificates: bool,
     /// Address of /metrics and /healthz.
     #[arg(long, env = "NODEMESH_METRICS_ADDR", default_value = "0.0.0.0:15020")]
     pub metrics_addr: SocketAddr,

@@ -9,6 +9,7 @@ pub mod bpf;
 pub mod check;
 pub mod cni;
 pub mod config;
+pub mod disk;
 pub mod drain;
 pub mod enroll;
 pub mod fair;

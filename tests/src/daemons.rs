@@ -251,7 +251,7 @@ impl Cluster {
         let token_file = node.dir.join("token");
         write_secret(&token_file, &token(name))?;
         let mut args: Vec<OsString> = vec!["run".into()];
-        let flags: [(&str, OsString); 13] = [
+        let flags: [(&str, OsString); 14] = [
             ("--node-name", name.into()),
             ("--xds-address", format!("{CONTROL_V4}:15012").into()),
             ("--xds-root-ca", control.root_ca().into()),
@@ -260,6 +260,7 @@ impl Cluster {
             ("--pods-cgroup", node.pods_cgroup.path().into()),
             ("--pin-dir", node.pin_dir.clone().into()),
             ("--run-dir", node.dir.clone().into()),
+            ("--state-dir", node.dir.join("state").into()),
             ("--metrics-addr", "0.0.0.0:15020".into()),
             ("--admin-addr", "127.0.0.1:15000".into()),
             ("--trust-domain", "cluster.local".into()),

@@ -25,6 +25,8 @@ pub const DEFAULT_SOCKET: &str = "/run/nodemesh/admin.sock";
 pub enum Health {
     /// All is well.
     Good,
+    /// Well enough to serve, and something that an operator should know.
+    GoodBut(String),
     /// Not (yet) well, with every reason in a line of its own.
     Bad(Vec<String>),
 }

@@ -28,6 +28,9 @@ pub fn status(s: &Status) -> String {
     if !xds.error.is_empty() {
         out.line(&format!("  - {}", xds.error));
     }
+    if !xds.note.is_empty() {
+        out.line(&format!("  - {}", xds.note));
+    }
     for rejected in &xds.rejected {
         out.line(&format!("  - refused {}: {}", rejected.name, rejected.error));
     }

@@ -99,6 +99,7 @@ fn level(query: &Level, set: impl FnOnce(&str) -> Result<(), BadRequest>) -> Res
 fn health(health: Health) -> Response {
     match health {
         Health::Good => "ok\n".into_response(),
+        Health::GoodBut(note) => format!("ok\n{note}\n").into_response(),
         Health::Bad(reasons) => (StatusCode::SERVICE_UNAVAILABLE, reasons.join("\n") + "\n").into_response(),
     }
 }
@@ -246,7 +247,7 @@ mod tests {
 
     impl AdminState for Fake {
         fn live(&self) -> Health {
-            Health::Good
+            Health::GoodBut("configuration from disk, age 7 s".into())
         }
         fn ready(&self) -> Health {
             Health::Bad(vec!["BPF is not in step".into(), "no configuration".into()])
@@ -295,7 +296,10 @@ mod tests {
         let status: Status = serde_json::from_str(&text(client::get(&path, "/status").await).await).unwrap();
         assert_eq!(status.node, "node-a");
         assert_eq!(text(client::get(&path, "/dump").await).await, "{\"workloads\":[]}");
-        assert_eq!(text(client::get(&path, "/healthz/live").await).await, "ok\n");
+        assert_eq!(
+            text(client::get(&path, "/healthz/live").await).await,
+            "ok\nconfiguration from disk, age 7 s\n"
+        );
         assert_eq!(
             text(client::get(&path, "/healthz/ready").await).await,
             "error: mesh-node answered 503 Service Unavailable: BPF is not in step\nno configuration"

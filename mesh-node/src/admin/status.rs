@@ -39,6 +39,8 @@ pub struct XdsStatus {
     pub connected: bool,
     /// Since the last resource was applied.
     pub last_update_seconds: Option<u64>,
+    /// Where the configuration in force is from and how old it is; empty while it is the control plane's.
+    pub note: String,
     /// Resources that are refused, of which the last good version is in force.
     pub rejected: Vec<RejectedResource>,
     /// The last connection error, if not connected.

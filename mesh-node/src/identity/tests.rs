@@ -504,3 +504,76 @@ async fn a_ca_that_is_away_is_not_asked_in_a_hot_loop() {
 fn all_causes(error: &dyn std::error::Error) -> String {
     std::iter::successors(Some(error), |e| e.source()).map(|e| e.to_string() + "; ").collect()
 }
+
+/// The file between two daemons.
+mod keep {
+    use super::*;
+    use std::{fs, os::unix::fs::PermissionsExt, path::Path};
+    use tokio_util::sync::CancellationToken;
+
+    fn entries(path: &Path) -> usize {
+        let Ok(bytes) = fs::read(path) else { return 0 };
+        let kept: serde_json::Value = serde_json::from_slice(&bytes).unwrap();
+        kept["certificates"].as_array().unwrap().len()
+    }
+
+    #[tokio::test]
+    async fn the_file_follows_the_pods_and_serves_the_next_daemon() {
+        within(async {
+            let dir = tempfile::tempdir().unwrap();
+            let keeper = CertKeeper::new(dir.path()).unwrap();
+            let first = CertManager::new(Arc::new(FakeCa::new([])), options());
+            let stop = CancellationToken::new();
+            let running = tokio::spawn(keeper.clone().run(first.clone(), stop.clone()));
+            let (cart, pay) = (first.acquire(&id("cart")).unwrap(), first.acquire(&id("pay")).unwrap());
+            eventually("both are kept", || entries(keeper.path()) == 2).await;
+            let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
+            assert_eq!((mode(keeper.path()), mode(keeper.path().parent().unwrap())), (0o600, 0o700));
+            drop(pay);
+            eventually("a pod that is gone leaves nothing", || entries(keeper.path()) == 1).await;
+            let serial = cart.ready().await.serial().to_owned();
+            // The end of a daemon: everything lets go.
+            stop.cancel();
+            drop(cart);
+            running.await.unwrap();
+            assert_eq!(entries(keeper.path()), 1, "the next daemon finds nothing");
+
+            let ca = Arc::new(FakeCa::new([Answer::Silence]));
+            let next = CertManager::new(ca.clone(), options());
+            assert_eq!(CertKeeper::new(dir.path()).unwrap().load(&next), 1);
+            let cart = next.acquire(&id("cart")).unwrap();
+            assert_eq!(cart.ready().await.serial(), serial);
+            assert_eq!(ca.requests.load(SeqCst), 0);
+            CertKeeper::remove(dir.path()).unwrap();
+            assert!(!keeper.path().exists());
+        })
+        .await;
+    }
+
+    #[tokio::test]
+    async fn a_file_that_is_not_as_written_is_ignored() {
+        let dir = tempfile::tempdir().unwrap();
+        let keeper = CertKeeper::new(dir.path()).unwrap();
+        let manager = CertManager::new(Arc::new(FakeCa::new([])), options());
+        let handle = manager.acquire(&id("cart")).unwrap();
+        handle.ready().await;
+        let good = serde_json::json!({ "format": 1, "certificates": manager.export() }).to_string();
+        let taken = |text: &[u8], mode: u32| {
+            fs::write(keeper.path(), text).unwrap();
+            fs::set_permissions(keeper.path(), fs::Permissions::from_mode(mode)).unwrap();
+            keeper.load(&CertManager::new(Arc::new(FakeCa::new([])), options()))
+        };
+        assert_eq!(taken(good.as_bytes(), 0o600), 1);
+        let half = good.len() / 2;
+        for (name, text, mode) in [
+            ("empty", &b""[..], 0o600),
+            ("garbage", &b"\xff\x00\x01"[..], 0o600),
+            ("half", &good.as_bytes()[..half], 0o600),
+            ("another format", good.replace("\"format\":1", "\"format\":2").as_bytes(), 0o600),
+            ("a list", &b"[]"[..], 0o600),
+            ("readable for others", good.as_bytes(), 0o644),
+        ] {
+            assert_eq!(taken(text, mode), 0, "{name}");
+        }
+    }
+}

@@ -2,6 +2,7 @@
 
 pub mod direct;
 pub mod heartbeat;
+pub mod kept;
 pub mod limits;
 pub mod listeners;
 pub mod mesh;

@@ -3,6 +3,7 @@
 use super::{
     direct::DirectMetrics,
     heartbeat::Heartbeat,
+    kept::{self, ConfigSource, KeptConfig},
     limits,
     listeners::Handlers,
     mesh::NodeMesh,
@@ -97,6 +98,9 @@ async fn serve(config: Config, log: LogFilter) -> anyhow::Result<()> {
     let ca = IstioCa::new(plane.channel(), Some(token.clone()), &config.args.cluster_id)?;
     let options = CertOptions { ttl: config.cert_ttl, ..CertOptions::default() };
     let certs = Arc::new(CertManager::new(Arc::new(ca), options));
+    if let Some(keeper) = kept::certificates(&config, &certs) {
+        tokio::spawn(keeper.run(CertManager::clone(&certs), stop.clone()));
+    }
 
     let workers = Workers::start(config.workers).context("cannot start the workers")?;
     let pools: Vec<Pool> = (0..workers.len()).map(|_| Pool::new(PoolLimits::default())).collect();
@@ -158,9 +162,19 @@ async fn serve(config: Config, log: LogFilter) -> anyhow::Result<()> {
     let enroller = Enroller::new(mesh.clone(), metrics.clone(), Limits::default())?;
 
     let rejected = xds::Rejected::default();
-    let handler = xds::IntoStore { commands, rejected: rejected.clone(), metrics: metrics.clone() };
+    let mut kept_config = KeptConfig::open(&config);
+    let handler = xds::IntoStore {
+        commands,
+        rejected: rejected.clone(),
+        metrics: metrics.clone(),
+        kept: kept_config.writer(),
+        restoring: kept_config.restoring(),
+    };
     let transport = xds::Secured { plane, token };
-    let (client, _demand, ads) = AdsClient::new(xds::ads_config(&config, node_ip()), transport, handler);
+    let (mut client, _demand, ads) = AdsClient::new(xds::ads_config(&config, node_ip()), transport, handler);
+    let source = ConfigSource { ads: ads.clone(), disk: kept_config.restore(&mut client).await };
+    kept::register(&metrics, &source, kept_config.writer().as_ref());
+    let writing = kept_config.start(ads.clone());
     let client = tokio::spawn(client.run(stop.clone().cancelled_owned()));
 
     let view = Arc::new(View {
@@ -172,7 +186,9 @@ async fn serve(config: Config, log: LogFilter) -> anyhow::Result<()> {
         certs: certs.clone(),
         datapath: datapath.clone(),
         in_step,
-        ads: ads.clone(),
+        ads,
+        source: source.clone(),
+        synced: synced.clone(),
         rejected,
         metrics: metrics.clone(),
         log,
@@ -185,7 +201,7 @@ async fn serve(config: Config, log: LogFilter) -> anyhow::Result<()> {
     limits::export(&metrics, &limits, &view.locals);
     servers(&config, &view, &stop)?;
     let gate = synced.clone();
-    tokio::spawn(follow_sync(ads, synced, mesh.clone(), to_reconcile.clone()));
+    tokio::spawn(follow_sync(source, synced, mesh.clone(), to_reconcile.clone()));
     tokio::spawn(count_direct(view.clone(), stop.clone()));
     let cni =
         net::unix::listen(&config.args.run_dir.join("cni.sock")).context("cannot listen for mesh-cni")?;
@@ -197,7 +213,7 @@ async fn serve(config: Config, log: LogFilter) -> anyhow::Result<()> {
         ..ScanConfig::default()
     };
     let found = enroller.scan(&scan).await.context("cannot look for running pods")?;
-    tokio::spawn(succeed(enroller.clone(), gate, to_reconcile.clone()));
+    tokio::spawn(succeed(enroller.clone(), gate, to_reconcile.clone(), certs.clone()));
     let following = tokio::spawn({
         let (enroller, stop) = (enroller.clone(), stop.clone());
         async move { enroller.run(Path::new("/proc"), stop).await }
@@ -211,6 +227,9 @@ async fn serve(config: Config, log: LogFilter) -> anyhow::Result<()> {
     drain.begin.cancel();
     stop.cancel();
     let _ = tokio::join!(client, cni, following);
+    if let Some(writing) = writing {
+        writing.finish().await;
+    }
     let (done, stopped) = tokio::sync::oneshot::channel();
     let sent = tokio::task::spawn_blocking(move || to_reconcile.send(Command::Stop(done)).is_ok()).await;
     if sent.unwrap_or(false) {
@@ -366,11 +385,13 @@ fn sampled(metrics: &Arc<Metrics>, view: &Arc<View>, handlers: &Arc<Handlers>, a
     );
 }
 
-/// Lets go what a predecessor captured beyond the pods of now, once every pod that runs here has been looked at.
+/// Lets go what a predecessor captured beyond the pods of now, and its certificates that nobody uses, once every pod that
+/// runs here has been looked at.
 async fn succeed(
     enroller: Arc<Enroller<NodeMesh>>,
     synced: Arc<AtomicBool>,
     commands: mpsc::SyncSender<Command>,
+    certs: Arc<CertManager>,
 ) {
     let undecided =
         || enroller.pods().iter().any(|pod| matches!(pod.phase, Phase::Pending | Phase::Failed(_)));
@@ -380,24 +401,23 @@ async fn succeed(
             break;
         }
     }
+    certs.forget_imported();
     // An error means that the daemon is ending.
     let _ = tokio::task::spawn_blocking(move || commands.send(Command::LetGo)).await;
 }
 
-/// Opens the gate for enrolment once the first full configuration is there.
+/// Opens the gate for enrolment once there is a whole configuration.
 async fn follow_sync(
-    mut ads: tokio::sync::watch::Receiver<mesh_xds::grpc::AdsStatus>,
+    source: ConfigSource,
     synced: Arc<AtomicBool>,
     mesh: Arc<NodeMesh>,
     commands: mpsc::SyncSender<Command>,
 ) {
-    if ads.wait_for(|status| status.synced).await.is_ok() {
-        synced.store(true, Ordering::Release);
-        // An error means that the daemon is ending.
-        let _ = tokio::task::spawn_blocking(move || commands.send(Command::Synced)).await;
-        mesh.store.wake();
-        tracing::info!("the whole configuration is in force");
-    }
+    source.usable().await;
+    synced.store(true, Ordering::Release);
+    // An error means that the daemon is ending.
+    let _ = tokio::task::spawn_blocking(move || commands.send(Command::Synced)).await;
+    mesh.store.wake();
 }
 
 async fn count_direct(view: Arc<View>, stop: CancellationToken) {

@@ -1,6 +1,6 @@
 //! The daemon as its admin interface shows it.
 
-use super::{direct::DirectMetrics, reconcile::InStep, xds::Rejected};
+use super::{direct::DirectMetrics, kept::ConfigSource, reconcile::InStep, xds::Rejected};
 use crate::{
     admin::{
         AdminState, BadRequest, BpfStatus, CertificateStatus, Counter, EnrolledPod, Health, OtherPod,
@@ -20,7 +20,10 @@ use mesh_common::code::log_level;
 use mesh_xds::grpc::AdsStatus;
 use serde_json::{Value, json};
 use std::{
-    sync::{Arc, Mutex, PoisonError},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     time::{Instant, SystemTime},
 };
 use tokio::sync::watch;
@@ -49,6 +52,10 @@ pub struct View {
     pub in_step: Arc<ArcSwap<InStep>>,
     /// The control plane.
     pub ads: watch::Receiver<AdsStatus>,
+    /// Where the configuration is from.
+    pub source: ConfigSource,
+    /// Whether there is a whole configuration.
+    pub synced: Arc<AtomicBool>,
     /// Refused resources.
     pub rejected: Rejected,
     /// Metrics.
@@ -100,7 +107,7 @@ impl View {
     /// Why the daemon is not ready, if it is not.
     pub fn not_ready(&self) -> Vec<String> {
         let mut why = vec![];
-        if !self.ads.borrow().synced {
+        if !self.synced.load(Ordering::Acquire) {
             why.push("the control plane has not sent the whole configuration yet".to_owned());
         }
         let in_step = self.in_step.load();
@@ -175,7 +182,7 @@ impl AdminState for View {
 
     fn ready(&self) -> Health {
         match self.not_ready() {
-            why if why.is_empty() => Health::Good,
+            why if why.is_empty() => self.source.note().map_or(Health::Good, Health::GoodBut),
             why => Health::Bad(why),
         }
     }
@@ -195,6 +202,7 @@ impl AdminState for View {
                 address: self.config.args.xds_address.clone(),
                 connected: ads.connected,
                 last_update_seconds: ads.last_update.map(since),
+                note: self.source.note().unwrap_or_default(),
                 rejected: rejected
                     .iter()
                     .map(|(name, error)| RejectedResource { name: name.clone(), error: error.clone() })

@@ -1,8 +1,9 @@
 //! Configuration from the control plane: xDS resources on their way into the store.
 
-use super::reconcile::Command;
+use super::{kept::Restoring, reconcile::Command};
 use crate::{
-    config::Config, identity::TokenFile, metrics::Metrics, outcome::chain, state::Batch, tls::ControlPlane,
+    config::Config, disk::CacheWriter, identity::TokenFile, metrics::Metrics, outcome::chain, state::Batch,
+    tls::ControlPlane,
 };
 use arc_swap::ArcSwap;
 use mesh_xds::{
@@ -13,12 +14,15 @@ use mesh_xds::{
     node::{NodeId, NodeInfo},
 };
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, HashSet},
     net::IpAddr,
-    sync::{Arc, mpsc::SyncSender},
+    sync::{Arc, atomic::Ordering, mpsc::SyncSender},
 };
 use tokio::sync::oneshot;
 use tonic::transport::Channel;
+
+/// What is followed. Policies come first: a workload must not be served a moment without the ones that bind it.
+pub const TYPES: [&str; 2] = [AUTHORIZATION_TYPE, ADDRESS_TYPE];
 
 /// Resources that are refused now, by name, with the reason.
 pub type Rejected = Arc<ArcSwap<BTreeMap<String, String>>>;
@@ -60,8 +64,7 @@ pub fn ads_config(config: &Config, node_ip: IpAddr) -> AdsConfig {
         locality: Locality::default(),
         extensions: true,
     };
-    // Policies come first: a workload must not be served a moment without the ones that bind it.
-    let subscriptions = vec![Subscription::all(AUTHORIZATION_TYPE), Subscription::all(ADDRESS_TYPE)];
+    let subscriptions = TYPES.map(Subscription::all).into();
     AdsConfig { cluster_id: config.args.cluster_id.clone(), ..AdsConfig::new(info.to_wire(), subscriptions) }
 }
 
@@ -73,6 +76,10 @@ pub struct IntoStore {
     pub rejected: Rejected,
     /// Metrics.
     pub metrics: Arc<Metrics>,
+    /// Takes what was applied, to be kept on disk.
+    pub kept: Option<CacheWriter>,
+    /// What comes is from disk.
+    pub restoring: Restoring,
 }
 
 impl IntoStore {
@@ -123,7 +130,7 @@ impl IntoStore {
 }
 
 impl Handler for IntoStore {
-    async fn apply(&mut self, changes: Changes) -> Vec<Rejection> {
+    async fn apply(&mut self, mut changes: Changes) -> Vec<Rejection> {
         let mut batch = Batch::default();
         let mut rejections = vec![];
         for resource in &changes.resources {
@@ -138,7 +145,9 @@ impl Handler for IntoStore {
         };
         removed.clone_from(&changes.removed);
         let accepted = changes.resources.len() - rejections.len();
-        self.metrics.xds_resources(kind, "accepted", accepted as u64);
+        let restoring = self.restoring.load(Ordering::Relaxed);
+        let outcome = if restoring { "restored" } else { "accepted" };
+        self.metrics.xds_resources(kind, outcome, accepted as u64);
         self.metrics.xds_resources(kind, "rejected", rejections.len() as u64);
         self.metrics.xds_resources(kind, "removed", changes.removed.len() as u64);
         self.remember(&changes, &rejections);
@@ -148,7 +157,12 @@ impl Handler for IntoStore {
             tokio::task::spawn_blocking(move || commands.send(Command::Batch(batch, done)).is_ok()).await;
         if matches!(sent, Ok(true)) {
             // An error means that the daemon is ending; the answer does not matter any more.
-            let _ = applied.await;
+            let applied = applied.await;
+            if let (Some(kept), false, Ok(())) = (&self.kept, restoring, applied) {
+                let bad: HashSet<&str> = rejections.iter().map(|r| r.name.as_str()).collect();
+                changes.resources.retain(|r| !bad.contains(r.name.as_str()));
+                kept.record(changes);
+            }
         }
         rejections
     }

@@ -4,7 +4,8 @@
 //! changed and nothing else. A response is acknowledged after it was applied. A refused resource is named in the
 //! NACK, and the version that is reported for it stays the last one that was applied. When a server repeats a
 //! version that was refused before, the answer is given ever later: servers of this protocol wait for it, so bad
-//! configuration cannot make a hot loop. Deliberately absent: the resources themselves; who applies them keeps them.
+//! configuration cannot make a hot loop. What a former process kept on disk can be told to it before the first stream,
+//! and is then resumed like any other. Deliberately absent: the resources themselves; who applies them keeps them.
 
 use super::{Backoff, PARTIAL, REJECTIONS_TYPE, WILDCARD};
 use crate::wire::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse};
@@ -101,6 +102,13 @@ pub struct Changes {
     pub partial: bool,
 }
 
+impl Changes {
+    /// None, of a type.
+    pub fn of_type(type_url: String) -> Self {
+        Self { type_url, resources: Vec::new(), removed: Vec::new(), partial: false }
+    }
+}
+
 /// Changes, and what stands for them until they are applied.
 #[derive(Debug)]
 pub struct Update {
@@ -169,6 +177,8 @@ struct TypeState {
     delayed: Option<(Instant, DeltaDiscoveryRequest)>,
     started: bool,
     synced: bool,
+    /// The server has said on this stream all that it had to say when the stream began.
+    current: bool,
 }
 
 /// The client's state, for as many streams as it takes.
@@ -203,6 +213,7 @@ impl DeltaClient {
                 delayed: None,
                 started: false,
                 synced: false,
+                current: false,
             });
         }
         Self { node, limits, types, stream: 0, connected: false, nacks: 0 }
@@ -226,6 +237,7 @@ impl DeltaClient {
         for t in &mut self.types {
             t.delayed = None;
             t.started = false;
+            t.current = false;
             t.last_nonce.clear();
         }
     }
@@ -234,6 +246,22 @@ impl DeltaClient {
     /// configuration is better than none.
     pub fn synced(&self) -> bool {
         self.types.iter().all(|t| t.synced)
+    }
+
+    /// Whether what is applied is what the server has now: on this stream, it has said everything at least once.
+    pub fn current(&self) -> bool {
+        self.connected && self.types.iter().all(|t| t.current)
+    }
+
+    /// Resources that were applied from elsewhere, for example from disk: the next stream begins with these versions, so
+    /// that the server sends what differs from them, and removes what it does not have. To be called between streams.
+    pub fn restored(&mut self, type_url: &str, versions: impl IntoIterator<Item = (String, String)>) {
+        let limit = self.limits.resources;
+        if let Some(t) = self.types.iter_mut().find(|t| t.type_url == type_url) {
+            for (name, version) in versions.into_iter().take(limit) {
+                t.held.insert(name, version);
+            }
+        }
     }
 
     /// NACKs sent or waiting to be sent, ever.
@@ -359,6 +387,7 @@ impl DeltaClient {
             t.refused.remove(name);
         }
         t.synced |= !ticket.partial;
+        t.current |= !ticket.partial && same_stream;
         let mut answer = DeltaDiscoveryRequest {
             type_url: t.type_url.clone(),
             response_nonce: ticket.nonce,

@@ -4,6 +4,7 @@
 //! streams. Deliberately absent: sockets, clocks, tasks, and what resources mean.
 
 mod client;
+mod record;
 mod server;
 mod snapshot;
 mod subscription;
@@ -14,6 +15,7 @@ mod tests;
 pub use client::{
     Changes, ClientError, ClientLimits, DeltaClient, Received, Rejection, Subscription, Ticket, Update,
 };
+pub use record::RecordError;
 pub use server::{Answer, DeltaServer, ProtocolError, ServerLimits};
 pub use snapshot::{Audience, FilteredView, Resource, Snapshot, SnapshotEdit, View};
 
@@ -59,9 +61,42 @@ impl Backoff {
     }
 }
 
+/// Counts failures in a row for a [`Backoff`].
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Retry {
+    failures: u32,
+}
+
+impl Retry {
+    /// Something has ended; `stable` if it was good for long enough that what went wrong earlier does not count. The
+    /// time to wait before the next attempt.
+    pub fn after(&mut self, backoff: Backoff, stable: bool, fraction: f64) -> Duration {
+        self.failures = if stable { 1 } else { self.failures.saturating_add(1) };
+        backoff.jittered(self.failures, fraction)
+    }
+
+    /// Failures in a row.
+    pub fn failures(&self) -> u32 {
+        self.failures
+    }
+}
+
 #[cfg(test)]
 mod backoff {
     use super::*;
+
+    #[test]
+    fn failures_are_forgotten_after_a_stable_stream_only() {
+        let backoff = Backoff { initial: Duration::from_millis(200), max: Duration::from_secs(15) };
+        let (mut retry, stable) = (Retry::default(), Duration::from_secs(30));
+        let mut most =
+            |lived: u64| retry.after(backoff, Duration::from_secs(lived) >= stable, 1.0).as_millis();
+        assert_eq!([most(0), most(0), most(0)], [400, 800, 1_600]);
+        // A server that accepts, sends everything and falls over, again and again.
+        assert_eq!([most(3), most(29)], [3_200, 6_400]);
+        assert_eq!([most(0), most(0), most(0)], [12_800, 15_000, 15_000]);
+        assert_eq!([most(30), most(0)], [400, 800]);
+    }
 
     #[test]
     fn jitter_stays_between_the_first_delay_and_the_doubled_one() {

@@ -222,6 +222,33 @@ fn a_reconnect_sends_what_changed_and_nothing_else() {
 }
 
 #[test]
+fn a_new_process_resumes_from_what_the_former_one_kept() {
+    let mut sim = all();
+    for i in 0..50 {
+        sim.put(&format!("r{i}"), "1");
+    }
+    sim.connect();
+    sim.settle();
+    sim.take();
+    // As from disk: the resources and their versions, and nothing else.
+    let kept: Vec<(String, String)> = sim.client.held(T).map(|(n, v)| (n.into(), v.into())).collect();
+    sim.disconnect();
+    sim.client = DeltaClient::new(Node::default(), ClientLimits::default(), vec![Subscription::all(T)]);
+    sim.client.restored(T, kept);
+    assert!(!sim.client.synced() && !sim.client.current(), "the server has said nothing yet");
+    sim.put("r7", "2");
+    sim.edit(|e| assert!(e.remove(T, "r9")));
+    sim.connect();
+    sim.settle();
+    assert!(sim.client.synced() && sim.client.current());
+    assert_eq!(sim.take(), ["r7"]);
+    assert!(!sim.applied.contains_key("r9"));
+    sim.check(|_| true);
+    sim.disconnect();
+    assert!(sim.client.synced() && !sim.client.current(), "in force, but of an earlier time");
+}
+
+#[test]
 fn only_the_latest_version_of_what_changes_while_an_answer_is_open_is_sent() {
     let mut sim = all();
     sim.connect();

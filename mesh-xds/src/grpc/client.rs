@@ -1,10 +1,11 @@
 //! The client's streams: connect, apply, answer, and connect again.
 
-use crate::delta::{Backoff, Changes, ClientLimits, DeltaClient, Rejection, Subscription};
+use crate::delta::{Backoff, Changes, ClientLimits, DeltaClient, Rejection, Retry, Subscription};
 use crate::wire::core::Node;
 use crate::wire::discovery::aggregated_discovery_service_client::AggregatedDiscoveryServiceClient;
 use crate::wire::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse};
 use bytes::Bytes;
+use std::collections::HashSet;
 use std::future::Future;
 use std::time::{Duration, SystemTime};
 use tokio::sync::{mpsc, watch};
@@ -64,8 +65,10 @@ pub struct AdsConfig {
     pub subscriptions: Vec<Subscription>,
     /// Bounds.
     pub limits: ClientLimits,
-    /// Between attempts; the real delay is between half of it and all of it.
+    /// Between attempts, with jitter.
     pub backoff: Backoff,
+    /// How long a stream has to live, and to have given something, until earlier failures are forgotten.
+    pub stable: Duration,
     /// For connecting, and again for the server to accept the call.
     pub connect_timeout: Duration,
     /// Largest response that is read.
@@ -81,6 +84,7 @@ impl AdsConfig {
             subscriptions,
             limits: ClientLimits::default(),
             backoff: Backoff { initial: Duration::from_millis(200), max: Duration::from_secs(15) },
+            stable: Duration::from_secs(30),
             connect_timeout: Duration::from_secs(10),
             max_message: 200 << 20,
         }
@@ -94,6 +98,11 @@ pub struct AdsStatus {
     pub connected: bool,
     /// Everything that the server had at first was applied. Stays true when the connection is lost.
     pub synced: bool,
+    /// What is in force is what the server has: everything that it had when this stream began was applied, and the
+    /// stream is still open.
+    pub current: bool,
+    /// When that was so last, if it is not so now. A stream that only connects is no contact.
+    pub last_contact: Option<SystemTime>,
     /// When changes were applied last.
     pub last_update: Option<SystemTime>,
     /// Responses applied.
@@ -189,20 +198,33 @@ impl<T: Transport, H: Handler> AdsClient<T, H> {
         (client, AdsHandle(tx), watch)
     }
 
+    /// Applies what a former process kept, before the first stream. What is refused is not counted as held, so that the
+    /// server sends it again.
+    pub async fn restore(&mut self, changes: Changes) -> Vec<Rejection> {
+        let type_url = changes.type_url.clone();
+        let versions: Vec<_> =
+            changes.resources.iter().map(|r| (r.name.clone(), r.version.clone())).collect();
+        let rejections = self.handler.apply(changes).await;
+        let bad: HashSet<&str> = rejections.iter().map(|r| r.name.as_str()).collect();
+        let good = versions.into_iter().filter(|(name, _)| !bad.contains(name.as_str()));
+        self.delta.restored(&type_url, good);
+        rejections
+    }
+
     /// Keeps a stream open until `shutdown` resolves. Changes that are being applied at that moment are abandoned.
     pub async fn run(mut self, shutdown: impl Future<Output = ()> + Send) {
         tokio::pin!(shutdown);
-        let mut failures = 0u32;
+        let mut retry = Retry::default();
         loop {
-            let updates = self.status.borrow().updates;
+            let (updates, began) = (self.status.borrow().updates, Instant::now());
             let error = tokio::select! {
                 () = &mut shutdown => break,
                 error = self.stream() => error,
             };
-            self.delta.disconnected();
-            // A server that gave something is there; one that gave nothing is asked ever less often.
-            failures = if self.status.borrow().updates > updates { 1 } else { failures.saturating_add(1) };
-            let delay = self.config.backoff.delay(failures).mul_f64(rand::random_range(0.5..1.0));
+            self.ended();
+            let stable = self.status.borrow().updates > updates && began.elapsed() >= self.config.stable;
+            let delay = retry.after(self.config.backoff, stable, rand::random());
+            let failures = retry.failures();
             let text = with_causes(&error);
             match error {
                 StreamError::End => tracing::debug!(?delay, "{text}; connecting again"),
@@ -213,17 +235,24 @@ impl<T: Transport, H: Handler> AdsClient<T, H> {
                     "discovery: the last good configuration stays"
                 ),
             }
-            self.status.send_modify(|s| {
-                s.connected = false;
-                s.last_error = Some(text);
-            });
+            self.status.send_modify(|s| s.last_error = Some(text));
             tokio::select! {
                 () = &mut shutdown => break,
                 () = sleep(delay) => {}
             }
         }
+        self.ended();
+    }
+
+    fn ended(&mut self) {
         self.delta.disconnected();
-        self.status.send_modify(|s| s.connected = false);
+        self.status.send_modify(|s| {
+            if s.current {
+                s.last_contact = Some(SystemTime::now());
+            }
+            s.connected = false;
+            s.current = false;
+        });
     }
 
     async fn stream(&mut self) -> StreamError {
@@ -323,6 +352,7 @@ impl<T: Transport, H: Handler> AdsClient<T, H> {
         let answer = self.delta.applied(update.ticket, rejections, Instant::now().into_std());
         self.status.send_modify(|s| {
             s.synced = self.delta.synced();
+            s.current = self.delta.current();
             s.last_update = Some(SystemTime::now());
             s.updates += 1;
             s.nacks = self.delta.nacks();

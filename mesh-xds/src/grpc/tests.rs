@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::convert::ADDRESS_TYPE;
-use crate::delta::{Audience, Backoff, Changes, Rejection, Resource, Snapshot, Subscription};
+use crate::delta::{Audience, Backoff, Changes, Received, Rejection, Resource, Snapshot, Subscription};
 use crate::wire::Any;
 use crate::wire::core::Node;
 use crate::wire::discovery::DeltaDiscoveryRequest;
@@ -56,6 +56,7 @@ struct Applied {
     now: BTreeMap<String, String>,
     /// Names in the order they came; removals with a minus.
     log: Vec<String>,
+    received: Vec<Received>,
 }
 
 #[derive(Clone, Default)]
@@ -67,6 +68,7 @@ impl Handler for Recorder {
         let mut rejections = Vec::new();
         for r in changes.resources {
             applied.log.push(r.name.clone());
+            applied.received.push(r.clone());
             let content = String::from_utf8(r.body.value.to_vec()).unwrap();
             if content == "bad" {
                 rejections.push(Rejection { name: r.name, reason: "it is bad".into() });
@@ -110,7 +112,27 @@ impl World {
         self.snapshots.send_replace(Arc::new(edit.finish()));
     }
 
+    fn client(
+        &self,
+        cluster: &str,
+        subscription: Subscription,
+    ) -> (AdsClient<InMemory, Recorder>, Recorder, watch::Receiver<AdsStatus>) {
+        let (client, recorder, _, status) = self.parts(cluster, subscription);
+        (client, recorder, status)
+    }
+
     fn run(&self, cluster: &str, subscription: Subscription) -> Running {
+        let (client, recorder, handle, status) = self.parts(cluster, subscription);
+        let (stop, stopped) = oneshot::channel();
+        let task = tokio::spawn(client.run(async { _ = stopped.await }));
+        Running { recorder, handle, status, stop, task }
+    }
+
+    fn parts(
+        &self,
+        cluster: &str,
+        subscription: Subscription,
+    ) -> (AdsClient<InMemory, Recorder>, Recorder, AdsHandle, watch::Receiver<AdsStatus>) {
         let node = Node { id: "me".into(), cluster: cluster.into(), ..Node::default() };
         let config = AdsConfig {
             backoff: Backoff { initial: Duration::from_millis(5), max: Duration::from_millis(20) },
@@ -119,9 +141,7 @@ impl World {
         let recorder = Recorder::default();
         let transport = InMemory { service: self.service.clone(), token: self.token.subscribe() };
         let (client, handle, status) = AdsClient::new(config, transport, recorder.clone());
-        let (stop, stopped) = oneshot::channel();
-        let task = tokio::spawn(client.run(async { _ = stopped.await }));
-        Running { recorder, handle, status, stop, task }
+        (client, recorder, handle, status)
     }
 }
 
@@ -185,6 +205,40 @@ async fn streams_that_grow_old_are_resumed_without_sending_anything_again() {
     client.until_has("b", "1").await;
     assert_eq!(client.log(), ["a", "b"]);
     client.stop().await;
+}
+
+#[tokio::test]
+async fn what_a_former_process_kept_is_not_sent_again_but_for_what_is_refused_now() {
+    let world = World::new(AdsServerConfig::default());
+    for name in ["a", "b", "c"] {
+        world.put(name, "1", Audience::Everyone);
+    }
+    let kept: Vec<Received> = {
+        let mut client = world.run("", Subscription::all(ADDRESS_TYPE));
+        client.until("synced", |s| s.synced && s.current).await;
+        let mut kept = client.recorder.0.lock().unwrap().received.clone();
+        client.stop().await;
+        // The new process does not take what the former one took.
+        kept[1].body.value = b"bad".to_vec().into();
+        kept.push(Received { name: "gone".into(), ..kept[0].clone() });
+        kept
+    };
+    let sent = world.service.stats().read().resources;
+    let (mut client, recorder, mut status) = world.client("", Subscription::all(ADDRESS_TYPE));
+    let changes = Changes { type_url: ADDRESS_TYPE.into(), resources: kept, removed: vec![], partial: false };
+    assert_eq!(client.restore(changes).await.len(), 1);
+    assert_eq!(recorder.0.lock().unwrap().now.len(), 3, "in force before there is a server");
+    assert!(!status.borrow().synced && status.borrow().last_contact.is_none());
+    let (stop, stopped) = oneshot::channel();
+    let task = tokio::spawn(client.run(async { _ = stopped.await }));
+    let synced = tokio::time::timeout(WAIT, status.wait_for(|s| s.synced && s.current)).await;
+    assert!(synced.unwrap().unwrap().last_contact.is_none(), "the contact lasts");
+    assert_eq!(world.service.stats().read().resources - sent, 1, "resources that were sent again");
+    let now = recorder.0.lock().unwrap().now.clone();
+    assert_eq!(now.keys().collect::<Vec<_>>(), ["a", "b", "c"]);
+    stop.send(()).unwrap();
+    task.await.unwrap();
+    assert!(!status.borrow().current && status.borrow().last_contact.is_some());
 }
 
 #[tokio::test]

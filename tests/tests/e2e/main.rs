@@ -1,6 +1,7 @@
 //! End-to-end tests on the real kernel with the real daemons. They need root and are run one at a time
 //! (`cargo xtask test --only e2e`).
 
+mod away;
 mod bytes;
 mod capture;
 mod enrolment;

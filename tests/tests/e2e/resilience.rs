@@ -102,6 +102,8 @@ fn a_daemon_that_starts_without_a_control_plane_keeps_strict_pods_shut() -> Resu
         }
         assert!(!answers(&cluster)?, "after {signal}, nobody there");
         cluster.node_mut("node-b")?.daemon = None;
+        // Nor does it find anything of its predecessor's on disk.
+        std::fs::remove_file(cluster.node("node-b")?.dir.join("state/config")).ok();
         cluster.launch_node("node-b", &NodeOptions::default())?;
         // It serves its health check once its programs have taken the place of the old ones.
         wait::until_true("the new daemon to be up and not ready", PROPAGATION, || {

@@ -6,7 +6,7 @@ use super::source::Source;
 /// `lib` and the programs in `bin` may name all.
 const LAYERS: [&[&str]; 10] = [
     &["net", "config", "metrics", "drain", "check", "pulse", "memory", "fair"],
-    &["state", "bpf", "admin"],
+    &["state", "bpf", "admin", "disk"],
     &["tls", "policy", "enroll"],
     &["identity", "plan", "cni"],
     &["hbone", "local"],
