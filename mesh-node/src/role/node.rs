@@ -403,7 +403,7 @@ async fn succeed(
     }
     certs.forget_imported();
     // An error means that the daemon is ending.
-    let _ = tokio::task::spawn_blocking(move || commands.send(Command::LetGo)).await;
+    let _ = tokio::task::spawn_blocking(move || commands.send(Command::LetGo).is_ok()).await;
 }
 
 /// Opens the gate for enrolment once there is a whole configuration.
@@ -416,7 +416,7 @@ async fn follow_sync(
     source.usable().await;
     synced.store(true, Ordering::Release);
     // An error means that the daemon is ending.
-    let _ = tokio::task::spawn_blocking(move || commands.send(Command::Synced)).await;
+    let _ = tokio::task::spawn_blocking(move || commands.send(Command::Synced).is_ok()).await;
     mesh.store.wake();
 }
 
