@@ -4,6 +4,7 @@
 mod away;
 mod bytes;
 mod capture;
+mod chaos;
 mod enrolment;
 mod harness;
 mod limits;
