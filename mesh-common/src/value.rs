@@ -156,7 +156,7 @@ abi! {
         pub received_at_fin: u32 = 52,
         /// `code::flow::LOCAL`: the generation of the verdict.
         pub generation: u64 = 56,
-        /// `code::flow::PROXY`: the backend that the kernel chose, or [`Endpoint::NONE`].
+        /// The backend that the kernel chose, or [`Endpoint::NONE`].
         pub chosen: Endpoint = 64,
         /// Zero.
         pub reserved: u32 = 84,

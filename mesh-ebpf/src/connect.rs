@@ -45,11 +45,50 @@ fn connect<F: Family>(ctx: &SockAddrContext) -> i32 {
         count(counter::CONNECT_BYPASS);
         return ALLOW;
     }
+    // One place for each end of the way: what is written here is in the program once.
+    match route::<F>(ctx, cookie, pod, ip_proto, &dst) {
+        Step::Go(outcome, target) => {
+            count(outcome);
+            report::log_captured(ctx, config, ip_proto, &dst, target);
+            ALLOW
+        }
+        Step::Pass(outcome) => {
+            // A socket that dials again must not show what it dialled before.
+            SOCKET_FLOW.clear(ctx::socket(ctx));
+            count(outcome);
+            report::log_passed(ctx, config, ip_proto, &dst);
+            ALLOW
+        }
+        Step::Deny(reason) => deny(ctx, config, cookie, ip_proto, &dst, reason),
+    }
+}
+
+/// What becomes of a connect.
+enum Step {
+    /// Rewritten to this address; a `code::counter`.
+    Go(u32, &'static Endpoint),
+    /// Left as it is; a `code::counter`.
+    Pass(u32),
+    /// Refused; a `code::deny`.
+    Deny(u8),
+}
+
+/// Decides, and rewrites the destination. What has to be remembered is written to the socket's storage as it becomes
+/// known, since the stack is small; nobody reads it before the connect goes on.
+#[inline(always)]
+fn route<F: Family>(
+    ctx: &SockAddrContext,
+    cookie: u64,
+    pod: &value::Pod,
+    ip_proto: u8,
+    dst: &Endpoint,
+) -> Step {
+    if decide::dials_itself(pod, &dst.addr) {
+        return Step::Pass(counter::CONNECT_PASS);
+    }
     let service = key::Frontend::new(dst.addr, dst.port, ip_proto);
     let frontend = find!(FRONTENDS, &service);
-    let decision = if decide::dials_itself(pod, &dst.addr) {
-        Outbound::Pass
-    } else if let Some(frontend) = frontend {
+    let decision = if let Some(frontend) = frontend {
         decide::frontend(pod, &dst.addr, ip_proto, frontend)
     } else if ip_proto == proto::TCP
         && let Some(destination) = find!(DESTINATIONS, &dst.addr)
@@ -58,104 +97,64 @@ fn connect<F: Family>(ctx: &SockAddrContext) -> i32 {
     } else {
         Outbound::Pass
     };
-    let way = match decision {
-        Outbound::Pass => {
-            count(counter::CONNECT_PASS);
-            return pass(ctx, config, ip_proto, &dst);
+    let proxied = match decision {
+        Outbound::Pass => return Step::Pass(counter::CONNECT_PASS),
+        Outbound::Deny(reason) => return Step::Deny(reason),
+        Outbound::Balance => None,
+        Outbound::Proxy { listener, fallback } => Some((listener, fallback)),
+    };
+    let Some(memory) = SOCKET_FLOW.slot(ctx::socket(ctx)) else {
+        count(counter::STORE_FAILED);
+        return Step::Deny(deny::NO_MEMORY);
+    };
+    let reason = match frontend {
+        None => {
+            memory.chosen = *dst;
+            0
         }
-        Outbound::Deny(reason) => return deny(ctx, config, cookie, ip_proto, &dst, reason),
-        Outbound::Proxy { listener, fallback } => {
-            let target = match frontend {
-                None => dst,
-                Some(frontend) if frontend.count == 0 => Endpoint::NONE,
-                Some(frontend) => match balance::backend(cookie, pod, &service, frontend) {
-                    Ok(backend) => backend,
-                    // The daemon chooses.
-                    Err(_) => Endpoint::NONE,
-                },
-            };
-            if let Some(generation) = daemon::verdict(cookie, &target) {
-                let outcome = counter::CONNECT_LOCAL;
-                Way { target, kind: flow::LOCAL, generation, chosen: Endpoint::NONE, outcome }
+        Some(frontend) if frontend.count == 0 => {
+            memory.chosen = Endpoint::NONE;
+            deny::NO_ENDPOINTS
+        }
+        Some(frontend) => balance::backend(cookie, pod, &service, frontend, &mut memory.chosen),
+    };
+    memory.generation = 0;
+    let (kind, outcome) = match proxied {
+        None if reason != 0 => return Step::Deny(reason),
+        None if ip_proto == proto::UDP => (flow::DIRECT, counter::UDP_CONNECT),
+        None => (flow::DIRECT, counter::CONNECT_DIRECT),
+        // Without a choice of the kernel's the daemon chooses.
+        Some((listener, fallback)) => {
+            if let Some(generation) = daemon::verdict(cookie, &memory.chosen) {
+                memory.generation = generation;
+                (flow::LOCAL, counter::CONNECT_LOCAL)
             } else if daemon::serves(ctx, &listener) {
-                let chosen = if frontend.is_some() { target } else { Endpoint::NONE };
-                let outcome = counter::CONNECT_PROXY;
-                Way { target: listener, kind: flow::PROXY, generation: 0, chosen, outcome }
-            } else if !decide::away_direct(fallback, target.port.is_some()) {
-                return deny(ctx, config, cookie, ip_proto, &dst, deny::DAEMON_AWAY);
-            } else if frontend.is_some() {
-                Way::direct(target, counter::AWAY_DIRECT)
+                if frontend.is_none() {
+                    memory.chosen = Endpoint::NONE;
+                }
+                memory.actual = listener;
+                (flow::PROXY, counter::CONNECT_PROXY)
+            } else if !decide::away_direct(fallback, memory.chosen.port.is_some()) {
+                return Step::Deny(deny::DAEMON_AWAY);
+            } else if frontend.is_none() {
+                return Step::Pass(counter::AWAY_DIRECT);
             } else {
-                count(counter::AWAY_DIRECT);
-                return pass(ctx, config, ip_proto, &dst);
-            }
-        }
-        Outbound::Balance => {
-            // The decision to balance came from a frontend.
-            let Some(frontend) = frontend else { return ALLOW };
-            let outcome = if ip_proto == proto::UDP { counter::UDP_CONNECT } else { counter::CONNECT_DIRECT };
-            match balance::backend(cookie, pod, &service, frontend) {
-                Ok(backend) => Way::direct(backend, outcome),
-                Err(reason) => return deny(ctx, config, cookie, ip_proto, &dst, reason),
+                (flow::DIRECT, counter::AWAY_DIRECT)
             }
         }
     };
-    let remembered = SOCKET_FLOW.set(
-        ctx::socket(ctx),
-        value::SocketFlow {
-            cookie,
-            original: dst,
-            actual: way.target,
-            kind: u32::from(way.kind),
-            received_at_fin: 0,
-            generation: way.generation,
-            chosen: way.chosen,
-            reserved: 0,
-        },
-    );
-    if !remembered {
-        count(counter::STORE_FAILED);
-        // Without it the daemon could not tell where the connection wants to go, nor would a target know that it is
-        // allowed; a direct one only loses its statistics and shows the backend's address.
-        if way.kind != flow::DIRECT {
-            return deny(ctx, config, cookie, ip_proto, &dst, deny::NO_MEMORY);
-        }
+    if kind != flow::PROXY {
+        memory.actual = memory.chosen;
     }
-    if !F::rewrite(ctx, &way.target) {
-        return deny(ctx, config, cookie, ip_proto, &dst, deny::NO_CAPTURE_ADDRESS);
+    memory.cookie = cookie;
+    memory.original = *dst;
+    memory.kind = u32::from(kind);
+    memory.received_at_fin = 0;
+    if F::rewrite(ctx, &memory.actual) {
+        Step::Go(outcome, &memory.actual)
+    } else {
+        Step::Deny(deny::NO_CAPTURE_ADDRESS)
     }
-    count(way.outcome);
-    report::log_captured(ctx, config, ip_proto, &dst, &way.target);
-    ALLOW
-}
-
-/// Where a captured connection goes.
-struct Way {
-    target: Endpoint,
-    /// `code::flow`.
-    kind: u8,
-    /// Of the verdict that allows it, if it is a local one.
-    generation: u64,
-    /// The backend that the daemon is told, or none.
-    chosen: Endpoint,
-    /// `code::counter`.
-    outcome: u32,
-}
-
-impl Way {
-    #[inline(always)]
-    fn direct(target: Endpoint, outcome: u32) -> Self {
-        Self { target, kind: flow::DIRECT, generation: 0, chosen: Endpoint::NONE, outcome }
-    }
-}
-
-/// Leaves a connection as it is.
-#[inline(always)]
-fn pass(ctx: &SockAddrContext, config: &value::Config, ip_proto: u8, dst: &Endpoint) -> i32 {
-    // A socket that dials again must not show what it dialled before.
-    SOCKET_FLOW.clear(ctx::socket(ctx));
-    report::log_passed(ctx, config, ip_proto, dst);
-    ALLOW
 }
 
 #[inline(always)]

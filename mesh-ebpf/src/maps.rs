@@ -130,13 +130,15 @@ macro_rules! find {
 pub(crate) trait Storage<T> {
     /// The value of a socket, if it has one.
     fn of(&self, sk: *mut bpf_sock) -> Option<&'static mut T>;
+    /// The value of a socket, made of zeros if need be; `None` when the kernel has no memory.
+    fn slot(&self, sk: *mut bpf_sock) -> Option<&'static mut T>;
     /// Sets the value of a socket; false when the kernel has no memory.
     fn set(&self, sk: *mut bpf_sock, value: T) -> bool;
     /// Removes the value of a socket.
     fn clear(&self, sk: *mut bpf_sock);
 }
 
-impl<T: Copy> Storage<T> for SkStorage<T> {
+impl<T: Copy + 'static> Storage<T> for SkStorage<T> {
     #[inline(always)]
     fn of(&self, sk: *mut bpf_sock) -> Option<&'static mut T> {
         // SAFETY: the map's address is what the loader patches into a reference to the map, and sk is a socket that
@@ -148,12 +150,18 @@ impl<T: Copy> Storage<T> for SkStorage<T> {
     }
 
     #[inline(always)]
-    fn set(&self, sk: *mut bpf_sock, value: T) -> bool {
+    fn slot(&self, sk: *mut bpf_sock) -> Option<&'static mut T> {
         let create = BPF_SK_STORAGE_GET_F_CREATE as u64;
         // SAFETY: as above; without an initial value the kernel gives zeroed memory of the value's size.
-        let place = unsafe { bpf_sk_storage_get(address(self), sk.cast(), core::ptr::null_mut(), create) };
-        // SAFETY: as above.
-        match unsafe { place.cast::<T>().as_mut() } {
+        unsafe {
+            let place = bpf_sk_storage_get(address(self), sk.cast(), core::ptr::null_mut(), create);
+            place.cast::<T>().as_mut()
+        }
+    }
+
+    #[inline(always)]
+    fn set(&self, sk: *mut bpf_sock, value: T) -> bool {
+        match self.slot(sk) {
             Some(place) => {
                 *place = value;
                 true

@@ -59,19 +59,20 @@ fn send<F: Family>(ctx: &SockAddrContext) -> i32 {
     }
     let socket = ctx::socket_cookie(ctx);
     let sticky = key::Udp::new(socket, dst);
-    let backend = match maps::copy(UDP_STICKY.get_ptr(&sticky)) {
-        Some(backend) if balance::is_member(frontend.set, &backend) => backend,
-        _ => match balance::backend(cookie, pod, &service, frontend) {
-            Ok(backend) => {
-                if UDP_STICKY.insert(&sticky, backend, 0).is_err() {
-                    count(counter::STORE_FAILED);
-                }
-                report::log_captured(ctx, config, proto::UDP, &dst, &backend);
-                backend
+    let mut backend = Endpoint::NONE;
+    match maps::copy(UDP_STICKY.get_ptr(&sticky)) {
+        Some(known) if balance::is_member(frontend.set, &known) => backend = known,
+        _ => {
+            let reason = balance::backend(cookie, pod, &service, frontend, &mut backend);
+            if reason != 0 {
+                return deny(ctx, config, cookie, &dst, reason);
             }
-            Err(reason) => return deny(ctx, config, cookie, &dst, reason),
-        },
-    };
+            if UDP_STICKY.insert(&sticky, backend, 0).is_err() {
+                count(counter::STORE_FAILED);
+            }
+            report::log_captured(ctx, config, proto::UDP, &dst, &backend);
+        }
+    }
     // Looked up for every datagram, which also keeps the row young in the LRU map.
     let back = key::Udp::new(socket, backend);
     let known = maps::copy(UDP_FLOWS.get_ptr(&back));
