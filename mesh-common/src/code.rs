@@ -47,6 +47,14 @@ pub mod inbound {
     pub const STRICT: u32 = 1;
 }
 
+/// Bits of the programs' constant `FEATURES`: what the kernel has, as the loader found.
+pub mod feature {
+    /// `bpf_set_retval`: a refused system call fails with an error of the programs' choice.
+    pub const SET_RETVAL: u32 = 1;
+    /// `bpf_skc_lookup_tcp` at connect: whether the daemon's listener is there.
+    pub const LISTENER_LOOKUP: u32 = 2;
+}
+
 /// Ports that the daemon listens on in every pod (host order).
 pub mod port {
     /// Plaintext that sk_lookup steers to the daemon.

@@ -59,7 +59,7 @@ fn connect<F: Family>(ctx: &SockAddrContext) -> i32 {
             report::log_passed(ctx, config, ip_proto, &dst);
             ALLOW
         }
-        Step::Deny(reason) => deny(ctx, config, cookie, ip_proto, &dst, reason),
+        Step::Deny(reason) => deny::<F>(ctx, config, pod, cookie, ip_proto, &dst, reason),
     }
 }
 
@@ -158,9 +158,10 @@ fn route<F: Family>(
 }
 
 #[inline(always)]
-fn deny(
+fn deny<F: Family>(
     ctx: &SockAddrContext,
     config: &value::Config,
+    pod: &value::Pod,
     cookie: u64,
     ip_proto: u8,
     dst: &Endpoint,
@@ -170,7 +171,7 @@ fn deny(
     count(if reason == deny::DAEMON_AWAY { counter::AWAY_DENY } else { counter::CONNECT_DENY });
     report::denied(reason, ip_proto, cookie, &Endpoint::NONE, dst, false);
     report::log_denied(ctx, config, reason, ip_proto, dst);
-    ctx::refuse()
+    if ip_proto == proto::TCP { ctx::refuse_tcp::<F>(ctx, pod, dst) } else { ctx::refuse() }
 }
 
 /// Marks a host process's socket to a captured pod of this node: a probe of the kubelet. sockops then announces its

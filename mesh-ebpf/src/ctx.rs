@@ -3,7 +3,7 @@
 //! In assembly: LLVM otherwise merges accesses of two branches, or computes a field's address early and keeps it, and
 //! the verifier refuses an access through a computed context pointer ("dereference of modified ctx ptr").
 
-use crate::{find, maps::DAEMONS};
+use crate::{features, find, maps::DAEMONS};
 use aya_ebpf::{
     EbpfContext as _,
     bindings::{BPF_F_CURRENT_NETNS, bpf_sk_lookup, bpf_sock, bpf_sock_addr, bpf_sock_ops, bpf_sock_tuple},
@@ -15,6 +15,7 @@ use aya_ebpf::{
     programs::{SkLookupContext, SockAddrContext, SockOpsContext},
 };
 use mesh_common::{
+    code::feature,
     key,
     net::{Endpoint, Ip, NetPort},
     value,
@@ -160,12 +161,28 @@ pub(crate) fn socket_cookie(ctx: &SockAddrContext) -> u64 {
     unsafe { bpf_get_socket_cookie(ctx.as_ptr()) }
 }
 
-/// Makes the system call fail with ECONNREFUSED; to be returned.
+/// Makes the system call fail; to be returned. With ECONNREFUSED where the kernel lets programs choose, else with EPERM.
 #[inline(always)]
 pub(crate) fn refuse() -> i32 {
-    // SAFETY: the helper sets the return value of the running hook.
-    unsafe { bpf_set_retval(-ECONNREFUSED) };
+    if features::has(feature::SET_RETVAL) {
+        // SAFETY: the helper sets the return value of the running hook.
+        unsafe { bpf_set_retval(-ECONNREFUSED) };
+    }
     REFUSE
+}
+
+/// Makes a TCP connect of a pod fail with ECONNREFUSED; to be returned. Applications take EPERM for a fault that no
+/// second try mends, so where the error cannot be chosen the connect goes to the pod's own port 0, where no socket can
+/// listen: the kernel answers that with an RST at once, and sends nothing out of the pod.
+#[inline(always)]
+pub(crate) fn refuse_tcp<F: Family>(ctx: &SockAddrContext, pod: &value::Pod, dst: &Endpoint) -> i32 {
+    if !features::has(feature::SET_RETVAL) {
+        let own = if dst.addr.is_v4() { pod.addr_v4 } else { pod.addr_v6 };
+        if F::rewrite(ctx, &Endpoint::new(own, NetPort::NONE)) {
+            return ALLOW;
+        }
+    }
+    refuse()
 }
 
 /// `bpf_sock_tuple` of IPv4.

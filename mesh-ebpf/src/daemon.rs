@@ -1,17 +1,18 @@
 //! Whether the daemon is there, and what goes without it: the verdict cache of the same-node fast path.
 
 use crate::{
-    ctx,
+    ctx, features,
     maps::{self, GENERATION, HEARTBEAT, VERDICTS},
 };
 use aya_ebpf::programs::SockAddrContext;
-use mesh_common::{decide, key, net::Endpoint};
+use mesh_common::{code::feature, decide, key, net::Endpoint};
 
 /// Whether the daemon serves a pod: its heart beats, and its listener in the pod is there. Either alone is not enough: a
-/// process that hangs keeps its sockets, and one that died a moment ago has beaten before.
+/// process that hangs keeps its sockets, and one that died a moment ago has beaten before. Where the kernel cannot look
+/// listeners up, a connect in the seconds after a death finds nobody.
 #[inline(always)]
 pub(crate) fn serves(ctx: &SockAddrContext, listener: &Endpoint) -> bool {
-    beats() && ctx::listens(ctx, listener)
+    beats() && (!features::has(feature::LISTENER_LOOKUP) || ctx::listens(ctx, listener))
 }
 
 /// Whether the daemon said a moment ago that it serves.

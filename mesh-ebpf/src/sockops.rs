@@ -133,7 +133,12 @@ fn accepted(ctx: &SockOpsContext) {
 }
 
 #[inline(always)]
-fn store<T: Copy + 'static>(map: &aya_ebpf::btf_maps::SkStorage<T>, socket: *mut bpf_sock, value: T, counter: u32) {
+fn store<T: Copy + 'static>(
+    map: &aya_ebpf::btf_maps::SkStorage<T>,
+    socket: *mut bpf_sock,
+    value: T,
+    counter: u32,
+) {
     count(if map.set(socket, value) { counter } else { counter::STORE_FAILED });
 }
 

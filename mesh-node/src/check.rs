@@ -1,14 +1,17 @@
 //! `mesh-node check`: can this host run the daemon?
 //!
-//! Reads files only and changes nothing. Deliberately absent: loading BPF programs to try helpers one by one.
-//! The daemon does that at start, and its error names the program and the helper.
+//! Reads files, and offers the kernel the programs as the daemon would, without attaching or keeping any. Deliberately
+//! absent: a guess from the kernel's version where the kernel can be asked.
 
+use crate::bpf::{self, Feature, Features};
 use std::{
+    collections::BTreeSet,
+    error::Error,
     fmt, fs,
     path::{Path, PathBuf},
 };
 
-/// The oldest kernel that has everything: `bpf_get_netns_cookie` in sockops came with 5.15.
+/// The oldest kernel with what nothing works without: `bpf_get_netns_cookie` in sockops came with 5.15.
 const MIN_KERNEL: (u32, u32) = (5, 15);
 /// `BPF_FS_MAGIC` of `linux/magic.h`.
 const BPF_FS_MAGIC: i64 = 0xcafe_4a11;
@@ -28,6 +31,8 @@ pub struct CheckConfig {
     pub cgroup_root: Option<PathBuf>,
     /// Where the daemon pins its maps; this folder or one above it has to be on bpffs.
     pub pin_dir: PathBuf,
+    /// Features that count as missing.
+    pub disabled: BTreeSet<Feature>,
 }
 
 impl Default for CheckConfig {
@@ -37,6 +42,7 @@ impl Default for CheckConfig {
             sys_root: "/sys".into(),
             cgroup_root: None,
             pin_dir: "/sys/fs/bpf/nodemesh".into(),
+            disabled: BTreeSet::new(),
         }
     }
 }
@@ -47,7 +53,22 @@ pub struct Finding {
     /// What was looked at.
     pub what: &'static str,
     /// What was found, or what is wrong and what to do about it.
-    pub result: Result<String, Problem>,
+    pub result: Result<Found, Problem>,
+}
+
+/// Something that the daemon can work with.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Found {
+    /// As it should be.
+    Good(String),
+    /// Something is not there that the daemon can do without, and what that costs.
+    Less(String),
+}
+
+impl From<String> for Found {
+    fn from(text: String) -> Self {
+        Self::Good(text)
+    }
 }
 
 /// Something that is missing.
@@ -62,7 +83,8 @@ pub struct Problem {
 impl fmt::Display for Finding {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.result {
-            Ok(found) => write!(f, "ok    {:<14} {found}", self.what),
+            Ok(Found::Good(found)) => write!(f, "ok    {:<14} {found}", self.what),
+            Ok(Found::Less(cost)) => write!(f, "less  {:<14} {cost}", self.what),
             Err(p) => write!(f, "FAIL  {:<14} {}\n      {:<14} -> {}", self.what, p.found, "", p.remedy),
         }
     }
@@ -70,16 +92,77 @@ impl fmt::Display for Finding {
 
 /// Looks at everything. The host can run the daemon if every result is `Ok`.
 pub fn check(config: &CheckConfig) -> Vec<Finding> {
+    let mut findings = files(config);
+    findings.extend(programs(&config.disabled));
+    findings
+}
+
+/// What the host's files say.
+fn files(config: &CheckConfig) -> Vec<Finding> {
     let mounts = fs::read_to_string(config.proc_root.join("self/mounts")).unwrap_or_default();
     let status = fs::read_to_string(config.proc_root.join("self/status")).unwrap_or_default();
     let release = fs::read_to_string(config.proc_root.join("sys/kernel/osrelease")).unwrap_or_default();
-    vec![
-        Finding { what: "kernel", result: kernel(release.trim()) },
-        Finding { what: "BTF", result: btf(&config.sys_root.join("kernel/btf/vmlinux")) },
-        Finding { what: "cgroup2", result: cgroup2(&mounts, config.cgroup_root.as_deref()) },
-        Finding { what: "bpffs", result: bpffs(&config.pin_dir) },
-        Finding { what: "capabilities", result: capabilities(&status) },
+    [
+        ("kernel", kernel(release.trim())),
+        ("BTF", btf(&config.sys_root.join("kernel/btf/vmlinux"))),
+        ("cgroup2", cgroup2(&mounts, config.cgroup_root.as_deref())),
+        ("bpffs", bpffs(&config.pin_dir)),
+        ("capabilities", capabilities(&status)),
     ]
+    .map(|(what, result)| Finding { what, result: result.map(Found::Good) })
+    .into()
+}
+
+/// What the kernel's verifier says.
+fn programs(disabled: &BTreeSet<Feature>) -> Vec<Finding> {
+    let features = match Features::probe(disabled) {
+        Ok(features) => features,
+        Err(error) => {
+            let result = problem(
+                format!("the kernel does not take any program: {error}"),
+                "run as root; if it is, look for a lockdown or a seccomp filter that forbids bpf(2)",
+            );
+            return vec![Finding { what: "programs", result }];
+        }
+    };
+    let mut findings: Vec<Finding> = Feature::ALL
+        .into_iter()
+        .map(|feature| {
+            let found = if features.has(feature) {
+                Found::Good("there".to_owned())
+            } else {
+                Found::Less(format!("not there (Linux {} has it): {}", feature.since(), feature.cost()))
+            };
+            Finding { what: feature.name(), result: Ok(found) }
+        })
+        .collect();
+    let result = match bpf::try_load(&features) {
+        Ok(()) => Ok(Found::Good("the verifier takes them".to_owned())),
+        Err(error) => {
+            problem(chain(&error), "install a newer kernel; Linux 5.15 or later has what is needed")
+        }
+    };
+    findings.push(Finding { what: "programs", result });
+    findings
+}
+
+/// An error with its causes. The verifier's log, which is long, gives its last lines, which say why.
+fn chain(error: &dyn Error) -> String {
+    const LAST_LINES: usize = 6;
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text.push_str(": ");
+        text.push_str(&error.to_string());
+        cause = error.source();
+    }
+    let lines: Vec<&str> = text.lines().collect();
+    match lines.as_slice() {
+        [first, rest @ ..] if rest.len() > LAST_LINES => {
+            format!("{first} ... {}", rest[rest.len() - LAST_LINES..].join(" | "))
+        }
+        lines => lines.join(" | "),
+    }
 }
 
 fn problem<T>(found: impl Into<String>, remedy: impl Into<String>) -> Result<T, Problem> {
@@ -221,6 +304,20 @@ mod tests {
     }
 
     #[test]
+    fn what_is_done_without_is_no_failure_but_is_said() {
+        let finding = Finding { what: "getpeername", result: Ok(Found::Less("not there".to_owned())) };
+        assert_eq!(render(&[finding]), "less  getpeername    not there\n");
+    }
+
+    #[test]
+    fn a_long_verifier_log_gives_its_end() {
+        let log: String = (0..100).map(|n| format!("{n}: (b7) r1 = 0\n")).collect();
+        let text = chain(&std::io::Error::other(format!("the BPF program x was refused\n{log}unknown func")));
+        assert!(text.starts_with("the BPF program x was refused ... 95:"), "{text}");
+        assert!(text.ends_with("| unknown func"), "{text}");
+    }
+
+    #[test]
     fn every_problem_comes_with_a_remedy() {
         let dir = tempfile::tempdir().unwrap();
         let config = CheckConfig {
@@ -228,8 +325,9 @@ mod tests {
             sys_root: dir.path().into(),
             cgroup_root: None,
             pin_dir: dir.path().join("bpf/pins"),
+            disabled: BTreeSet::new(),
         };
-        let findings = check(&config);
+        let findings = files(&config);
         assert!(findings.iter().all(|f| f.result.is_err()), "{findings:?}");
         let text = render(&findings);
         assert_eq!(text.matches("FAIL").count(), 5, "{text}");

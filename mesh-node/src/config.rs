@@ -79,6 +79,9 @@ pub struct RunArgs {
     /// Seconds that open connections may go on after SIGTERM.
     #[arg(long, env = "NODEMESH_DRAIN_SECONDS", default_value_t = 5)]
     pub drain_seconds: u64,
+    /// Features of the kernel that are not used even if they are there, for diagnosis; `mesh-node check` lists them.
+    #[arg(long, env = "NODEMESH_DISABLE_FEATURES", value_delimiter = ',', hide = true)]
+    pub disable_features: Vec<String>,
     /// Log filter, for example `info` or `mesh_node=debug`; `access` is the access log's target.
     #[arg(long, env = "NODEMESH_LOG", default_value = "info")]
     pub log: String,

@@ -5,7 +5,8 @@ use anyhow::Context;
 use clap::{Args, Parser, Subcommand};
 use mesh_node::{
     admin::{Status, client, render},
-    bpf, check,
+    bpf::{self, Feature},
+    check,
     config::{Config, RunArgs},
     memory, role,
 };
@@ -35,8 +36,8 @@ enum Command {
     Log(LogArgs),
     /// Takes the mesh off this node: removes what a daemon that has ended left in the kernel.
     Unload(UnloadArgs),
-    /// Checks whether this host can run the daemon; exits with 1 if not.
-    Check,
+    /// Checks whether this host can run the daemon, and what it has to do without; exits with 1 if it cannot.
+    Check(CheckArgs),
 }
 
 #[derive(Args)]
@@ -51,6 +52,13 @@ struct UnloadArgs {
     /// The daemon's directory of pins.
     #[arg(long, env = "NODEMESH_PIN_DIR", default_value = "/sys/fs/bpf/nodemesh")]
     pin_dir: PathBuf,
+}
+
+#[derive(Args)]
+struct CheckArgs {
+    /// Features of the kernel that count as missing.
+    #[arg(long, env = "NODEMESH_DISABLE_FEATURES", value_delimiter = ',', hide = true)]
+    disable_features: Vec<String>,
 }
 
 #[derive(Args)]
@@ -113,8 +121,9 @@ fn command(command: Command) -> anyhow::Result<ExitCode> {
             }
             Ok(ExitCode::SUCCESS)
         }
-        Command::Check => {
-            let findings = check::check(&check::CheckConfig::default());
+        Command::Check(args) => {
+            let disabled = Feature::parse_all(&args.disable_features).context("--disable-features")?;
+            let findings = check::check(&check::CheckConfig { disabled, ..check::CheckConfig::default() });
             print!("{}", check::render(&findings));
             let good = findings.iter().all(|finding| finding.result.is_ok());
             Ok(if good { ExitCode::SUCCESS } else { ExitCode::FAILURE })

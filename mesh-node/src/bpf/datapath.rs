@@ -182,7 +182,7 @@ impl Datapath {
             config.pods_level = load::cgroup_level(pods)?;
         }
         let daemon = load::cgroup_id(&options.daemon_cgroup)?;
-        let mut loaded = Loaded::new(&pins)?;
+        let mut loaded = Loaded::new(&pins, &options.disabled)?;
         let pulse = Pulse::default();
         let kernel_maps = KernelMaps { maps: loaded.tables()?, pulse: pulse.clone() };
         let mut others = loaded.others()?;

@@ -17,9 +17,12 @@ pub enum BpfError {
     Pins(#[from] PinError),
     /// The object was refused.
     #[error(
-        "cannot load the BPF object; mesh-node needs CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON, and Linux 5.18 or later"
+        "cannot load the BPF object; mesh-node needs CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON, and Linux 5.15 or later (`mesh-node check` tells more)"
     )]
     Load(#[source] Box<EbpfError>),
+    /// The kernel does not say what it has.
+    #[error("cannot ask the kernel for its BPF features; mesh-node needs CAP_BPF and CAP_NET_ADMIN")]
+    Probe(#[source] io::Error),
     /// A program was refused or could not be attached.
     #[error("cannot load or attach the BPF program {program}")]
     Program {
@@ -44,7 +47,7 @@ pub enum BpfError {
     )]
     NotAdoptable(String),
     /// A link is not of the form that can be pinned.
-    #[error("the kernel gave no link for {program}; mesh-node needs Linux 5.18 or later")]
+    #[error("the kernel gave no link for {program}; mesh-node needs Linux 5.15 or later")]
     Link {
         /// The program's symbol.
         program: String,

@@ -9,6 +9,7 @@ use super::{
     error::BpfError,
     ops::Table,
     pins::{self, Pins},
+    probe::{Feature, Features},
     sys,
 };
 use aya::{
@@ -88,6 +89,8 @@ pub struct LoadOptions {
     pub pods_cgroup: Option<PathBuf>,
     /// Cookie of the network namespace that probes come from.
     pub host_netns_cookie: u64,
+    /// Features of the kernel that are not used even if they are there.
+    pub disabled: BTreeSet<Feature>,
 }
 
 /// A future that forwards the programs' log lines to `log`'s logger until it is dropped.
@@ -96,6 +99,7 @@ pub type LogPump = Pin<Box<dyn Future<Output = io::Result<()>> + Send>>;
 /// The object with its maps taken out, and not attached yet.
 pub(super) struct Loaded {
     ebpf: Ebpf,
+    features: Features,
     maps: BTreeMap<&'static str, MapData>,
     /// Whether the maps are a predecessor's.
     pub(super) adopted: bool,
@@ -115,10 +119,14 @@ struct Layout {
 
 impl Loaded {
     /// Loads the object, on a predecessor's maps if they fit. Nothing of what is attached changes.
-    pub(super) fn new(pins: &Pins) -> Result<Self, BpfError> {
+    pub(super) fn new(pins: &Pins, disabled: &BTreeSet<Feature>) -> Result<Self, BpfError> {
+        let features = Features::probe(disabled).map_err(BpfError::Probe)?;
+        for feature in features.missing() {
+            tracing::warn!(%feature, since = feature.since(), "the kernel lacks it: {}", feature.cost());
+        }
         let current = pins.current();
         match adoptable(&current) {
-            Ok(true) => match Self::load(&current, true) {
+            Ok(true) => match Self::load(&current, true, features.clone()) {
                 Ok(loaded) => return Ok(loaded),
                 Err(error) => {
                     tracing::error!(%error, "the pinned maps cannot be used; they are replaced");
@@ -127,7 +135,7 @@ impl Loaded {
             Ok(false) => {}
             Err(why) => tracing::warn!(why, "the pinned maps are not of this build; they are replaced"),
         }
-        Self::load(&pins.stage()?, false)
+        Self::load(&pins.stage()?, false, features)
     }
 
     /// Whether a predecessor's maps could be used on, for a look before anything is begun.
@@ -135,16 +143,9 @@ impl Loaded {
         adoptable(pins_dir)
     }
 
-    fn load(dir: &Path, adopted: bool) -> Result<Self, BpfError> {
-        let mut loader = EbpfLoader::new();
-        if adopted {
-            for name in map::ALL {
-                loader.map_pin_path(name, dir.join(name));
-            }
-        }
-        let mut ebpf = loader.load(OBJECT).map_err(|error| BpfError::Load(Box::new(error)))?;
-        // Before the maps are taken out: a program is loaded with the descriptors of those it uses.
-        load_programs(&mut ebpf)?;
+    fn load(dir: &Path, adopted: bool, features: Features) -> Result<Self, BpfError> {
+        // The programs before the maps are taken out: a program is loaded with the descriptors of those it uses.
+        let mut ebpf = load_object(&features, adopted.then_some(dir))?;
         let mut maps = BTreeMap::new();
         for name in map::ALL {
             let missing = || BpfError::Missing { what: "map", name: (*name).to_owned() };
@@ -164,7 +165,7 @@ impl Loaded {
             }
             maps.insert(*name, data);
         }
-        Ok(Self { ebpf, maps, adopted, dir: dir.to_owned() })
+        Ok(Self { ebpf, features, maps, adopted, dir: dir.to_owned() })
     }
 
     /// Takes a map out.
@@ -227,6 +228,11 @@ impl Loaded {
             .map_err(|source| BpfError::Cgroup { path: options.cgroup_root.clone(), source })?;
         let cgroup = cgroup_id(&options.cgroup_root)?;
         for name in std::iter::once(SOCK_OPS_PROGRAM).chain(SOCK_ADDR_PROGRAMS) {
+            if !self.features.allow(name) {
+                // A predecessor may have had it.
+                pins::remove_file(&self.dir.join(name))?;
+                continue;
+            }
             if self.adopted {
                 match self.replace(name, &self.dir.join(name), Some(cgroup)) {
                     Ok(()) => continue,
@@ -316,13 +322,33 @@ pub(super) fn attach_inbound(ebpf: &mut Ebpf, netns: BorrowedFd<'_>, path: &Path
     FdLink::from(link).pin(path).map(drop).map_err(pin)
 }
 
+/// Hands every program to the verifier and lets all go again: whether the data path could be loaded.
+pub fn try_load(features: &Features) -> Result<(), BpfError> {
+    load_object(features, None).map(drop)
+}
+
+/// Makes the maps, or takes a predecessor's from where they are pinned, and loads every program that this kernel can have.
+fn load_object(features: &Features, pinned: Option<&Path>) -> Result<Ebpf, BpfError> {
+    let bits = features.bits();
+    let mut loader = EbpfLoader::new();
+    loader.override_global("FEATURES", &bits, true);
+    if let Some(dir) = pinned {
+        for name in map::ALL {
+            loader.map_pin_path(name, dir.join(name));
+        }
+    }
+    let mut ebpf = loader.load(OBJECT).map_err(|error| BpfError::Load(Box::new(error)))?;
+    load_programs(&mut ebpf, features)?;
+    Ok(ebpf)
+}
+
 /// Hands every program to the verifier.
-fn load_programs(ebpf: &mut Ebpf) -> Result<(), BpfError> {
+fn load_programs(ebpf: &mut Ebpf, features: &Features) -> Result<(), BpfError> {
     let sk_lookup: &mut SkLookup = program(ebpf, SK_LOOKUP_PROGRAM)?;
     sk_lookup.load().map_err(|source| program_error(SK_LOOKUP_PROGRAM, source))?;
     let sock_ops: &mut SockOps = program(ebpf, SOCK_OPS_PROGRAM)?;
     sock_ops.load().map_err(|source| program_error(SOCK_OPS_PROGRAM, source))?;
-    for name in SOCK_ADDR_PROGRAMS {
+    for name in SOCK_ADDR_PROGRAMS.into_iter().filter(|name| features.allow(name)) {
         let sock_addr: &mut CgroupSockAddr = program(ebpf, name)?;
         sock_addr.load().map_err(|source| program_error(name, source))?;
     }

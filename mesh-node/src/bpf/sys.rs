@@ -30,6 +30,58 @@ enum Command {
     LinkUpdate = 29,
 }
 
+/// The number of BPF_PROG_LOAD.
+const PROG_LOAD: libc::c_int = 5;
+/// `BPF_PROG_TYPE_CGROUP_SOCK_ADDR`.
+const SOCK_ADDR: u32 = 18;
+
+/// The part of `union bpf_attr` that loading a program uses.
+#[repr(C)]
+struct ProgLoad {
+    prog_type: u32,
+    insn_cnt: u32,
+    insns: u64,
+    license: u64,
+    log_level: u32,
+    log_size: u32,
+    log_buf: u64,
+    kern_version: u32,
+    prog_flags: u32,
+    prog_name: [u8; 16],
+    prog_ifindex: u32,
+    expected_attach_type: u32,
+}
+
+/// Offers a program of the cgroup's socket-address hooks to the verifier and lets it go again.
+pub(crate) fn try_sock_addr(expected_attach_type: u32, program: &[u64]) -> io::Result<()> {
+    let license = c"Apache-2.0";
+    let attr = ProgLoad {
+        prog_type: SOCK_ADDR,
+        insn_cnt: u32::try_from(program.len()).map_err(io::Error::other)?,
+        insns: program.as_ptr().addr() as u64,
+        license: license.as_ptr().addr() as u64,
+        log_level: 0,
+        log_size: 0,
+        log_buf: 0,
+        kern_version: 0,
+        prog_flags: 0,
+        prog_name: *b"nodemesh_probe\0\0",
+        prog_ifindex: 0,
+        expected_attach_type,
+    };
+    // SAFETY: attr is a live structure of the length given; its pointers are to instructions of the number given and to
+    // a terminated string, which the kernel only reads.
+    let fd =
+        unsafe { libc::syscall(libc::SYS_bpf, PROG_LOAD, std::ptr::from_ref(&attr), size_of::<ProgLoad>()) };
+    let fd = RawFd::try_from(fd).unwrap_or(-1);
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel has just given this descriptor, and nobody else has it.
+    drop(unsafe { OwnedFd::from_raw_fd(fd) });
+    Ok(())
+}
+
 /// The part of `union bpf_attr` that map element commands use.
 #[repr(C)]
 struct MapElem {

@@ -14,7 +14,7 @@ use super::{
 };
 use crate::{
     admin::server::{Endpoint, admin_router, bind, stats_router},
-    bpf::{Datapath, DenyEvent, LoadOptions},
+    bpf::{Datapath, DenyEvent, Feature, LoadOptions},
     config::{self, Config},
     drain::Drain,
     enroll::{self, Enroller, Limits, Phase, scan::ScanConfig},
@@ -251,6 +251,7 @@ fn load(config: &Config) -> anyhow::Result<Datapath> {
         daemon_cgroup: Config::own_cgroup().context("cannot find the daemon's cgroup")?,
         pods_cgroup: config.args.pods_cgroup.clone(),
         host_netns_cookie: NetNs::current()?.cookie(),
+        disabled: Feature::parse_all(&config.args.disable_features).context("--disable-features")?,
     };
     Datapath::load(&options).context("cannot load the BPF programs; `mesh-node check` tells what is missing")
 }

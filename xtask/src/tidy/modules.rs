@@ -5,9 +5,9 @@ use super::source::Source;
 /// The modules of mesh-node from the bottom to the top: code may name `crate::MODULE` of a lower layer only. `main`,
 /// `lib` and the programs in `bin` may name all.
 const LAYERS: [&[&str]; 10] = [
-    &["net", "config", "metrics", "drain", "check", "pulse", "memory", "fair"],
+    &["net", "config", "metrics", "drain", "pulse", "memory", "fair"],
     &["state", "bpf", "admin", "disk"],
-    &["tls", "policy", "enroll"],
+    &["tls", "policy", "enroll", "check"],
     &["identity", "plan", "cni"],
     &["hbone", "local"],
     &["l4"],

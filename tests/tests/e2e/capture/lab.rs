@@ -5,7 +5,7 @@ use anyhow::{Context, Result, ensure};
 use mesh_common::code::Counter;
 use mesh_node::{
     bpf::{
-        Away, Backend, Balancing, CapturedPod, Datapath, Frontend, Heartbeat, Intent, LoadOptions,
+        Away, Backend, Balancing, CapturedPod, Datapath, Feature, Frontend, Heartbeat, Intent, LoadOptions,
         SocketMeta, Verdict,
     },
     net::ns::NetNs,
@@ -16,7 +16,7 @@ use mesh_tests::{
 };
 use mesh_xds::model::Protocol;
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fs::File,
     io::{self, Read, Write},
     net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream},
@@ -88,6 +88,14 @@ impl Heart {
 impl<'a> Lab<'a> {
     /// Loads the programs for a node of the cluster.
     pub(super) fn new(cluster: &'a Cluster, node: &str) -> Result<Self> {
+        // So that every test here can be run as on an older kernel.
+        let disabled = std::env::var("NODEMESH_DISABLE_FEATURES").unwrap_or_default();
+        let disabled: Vec<String> = disabled.split(',').map(str::to_owned).collect();
+        Self::without(cluster, node, &Feature::parse_all(&disabled)?)
+    }
+
+    /// Loads the programs without some features of the kernel.
+    pub(super) fn without(cluster: &'a Cluster, node: &str, disabled: &BTreeSet<Feature>) -> Result<Self> {
         let node = cluster.node(node)?;
         let datapath = Datapath::load(&LoadOptions {
             // This process is the daemon and is not in the run's groups, which are killed at its end.
@@ -96,6 +104,7 @@ impl<'a> Lab<'a> {
             daemon_cgroup: own_cgroup()?,
             pods_cgroup: Some(node.pods_cgroup.path().to_owned()),
             host_netns_cookie: NetNs::open(&node.netns.path())?.cookie(),
+            disabled: disabled.clone(),
         })
         .map_err(chain)?;
         let heart = Some(Heart::start(datapath.heartbeat())?);

@@ -3,6 +3,7 @@
 
 mod away;
 mod choice;
+mod degraded;
 mod fastpath;
 mod lab;
 
