@@ -1,7 +1,7 @@
 //! Handshakes with a deadline and typed failures.
 
 use super::{
-    ALPN_H2, LocalIdentity,
+    ALPN_H2, LocalIdentity, ReadAhead,
     cert::Facts,
     reject::{RejectReason, TlsReject, take_verdict},
     verify,
@@ -40,12 +40,12 @@ pub async fn accept<IO>(
     io: IO,
     local: &LocalIdentity,
     limit: Duration,
-) -> Result<(server::TlsStream<IO>, Peer), TlsReject>
+) -> Result<(server::TlsStream<ReadAhead<IO>>, Peer), TlsReject>
 where
     IO: AsyncRead + AsyncWrite + Unpin,
 {
     local.valid_cert()?;
-    let stream = shake(TlsAcceptor::from(local.server_config()).accept(io), limit).await?;
+    let stream = shake(TlsAcceptor::from(local.server_config()).accept(ReadAhead::new(io)), limit).await?;
     let peer = check(stream.get_ref().1)?;
     Ok((stream, peer))
 }
@@ -58,13 +58,14 @@ pub async fn connect<IO>(
     expected: &BTreeSet<SpiffeId>,
     to: IpAddr,
     limit: Duration,
-) -> Result<(client::TlsStream<IO>, Peer), TlsReject>
+) -> Result<(client::TlsStream<ReadAhead<IO>>, Peer), TlsReject>
 where
     IO: AsyncRead + AsyncWrite + Unpin,
 {
     local.valid_cert()?;
     let connector = TlsConnector::from(local.client_config(expected)?);
-    let stream = shake(connector.connect(ServerName::IpAddress(to.into()), io), limit).await?;
+    let stream =
+        shake(connector.connect(ServerName::IpAddress(to.into()), ReadAhead::new(io)), limit).await?;
     let peer = check(stream.get_ref().1)?;
     Ok((stream, peer))
 }

@@ -15,6 +15,7 @@ mod cert;
 mod config;
 mod control;
 mod handshake;
+mod readahead;
 mod reject;
 #[cfg(test)]
 pub(crate) mod testca;
@@ -26,6 +27,7 @@ pub use cert::{CertCell, CertError, WorkloadCert};
 pub use config::{LocalIdentity, provider};
 pub use control::{ControlError, ControlPlane};
 pub use handshake::{HANDSHAKE_TIMEOUT, Peer, accept, connect};
+pub use readahead::ReadAhead;
 pub use reject::{RejectReason, TlsReject};
 
 /// The only application protocol spoken inside workload TLS.

@@ -286,10 +286,12 @@ async fn the_client_refuses_with_a_reason() {
     assert_eq!(reject.reason, RejectReason::WrongIdentity, "an empty set accepted somebody");
 }
 
+type Ahead = ReadAhead<DuplexStream>;
+
 async fn shake(
     client: &Arc<LocalIdentity>,
     server: &Arc<LocalIdentity>,
-) -> (tokio_rustls::client::TlsStream<DuplexStream>, tokio_rustls::server::TlsStream<DuplexStream>) {
+) -> (tokio_rustls::client::TlsStream<Ahead>, tokio_rustls::server::TlsStream<Ahead>) {
     let (near, far) = duplex(64 << 10);
     let expected = BTreeSet::from([server.id().clone()]);
     let (c, s) = tokio::join!(connect(near, client, &expected, LOOPBACK, LIMIT), accept(far, server, LIMIT));
