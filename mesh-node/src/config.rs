@@ -32,7 +32,7 @@ pub struct RunArgs {
     /// Directory on a BPF file system for pinned links and maps.
     #[arg(long, env = "NODEMESH_PIN_DIR", default_value = "/sys/fs/bpf/nodemesh")]
     pub pin_dir: PathBuf,
-    /// Directory of the sockets `cni.sock` and `admin.sock`.
+    /// Directory of the sockets `cni.sock`, `admin.sock` and `takeover.sock`.
     #[arg(long, env = "NODEMESH_RUN_DIR", default_value = "/run/nodemesh")]
     pub run_dir: PathBuf,
     /// Directory where the last good configuration is kept, for a start without the control plane.
@@ -82,6 +82,13 @@ pub struct RunArgs {
     /// Features of the kernel that are not used even if they are there, for diagnosis; `mesh-node check` lists them.
     #[arg(long, env = "NODEMESH_DISABLE_FEATURES", value_delimiter = ',', hide = true)]
     pub disable_features: Vec<String>,
+    /// Take over from the daemon that runs on this node, if there is one: no connection is refused, and those that are
+    /// open end in the old process.
+    #[arg(long, env = "NODEMESH_TAKEOVER")]
+    pub takeover: bool,
+    /// Seconds that open connections may go on after another daemon has taken over.
+    #[arg(long, env = "NODEMESH_TAKEOVER_DRAIN_SECONDS", default_value_t = 3600)]
+    pub takeover_drain_seconds: u64,
     /// Log filter, for example `info` or `mesh_node=debug`; `access` is the access log's target.
     #[arg(long, env = "NODEMESH_LOG", default_value = "info")]
     pub log: String,
@@ -102,6 +109,8 @@ pub struct Config {
     pub cert_ttl: Duration,
     /// Drain deadline.
     pub drain: Duration,
+    /// Drain deadline after a takeover.
+    pub takeover_drain: Duration,
 }
 
 /// One wrong argument.
@@ -180,6 +189,7 @@ impl Config {
             workers: args.workers.unwrap_or(cores),
             cert_ttl: Duration::from_secs(args.cert_ttl_seconds),
             drain: Duration::from_secs(args.drain_seconds),
+            takeover_drain: Duration::from_secs(args.takeover_drain_seconds),
             args,
         })
     }

@@ -28,4 +28,5 @@ pub mod policy;
 pub mod pulse;
 pub mod role;
 pub mod state;
+pub mod takeover;
 pub mod tls;

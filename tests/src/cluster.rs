@@ -46,6 +46,8 @@ pub struct Node {
     pub pin_dir: PathBuf,
     /// The daemon, once started.
     pub daemon: Option<NodeDaemon>,
+    /// How many daemons were started to take over.
+    pub takeovers: usize,
 }
 
 /// A pod's namespace, group and process.
@@ -222,6 +224,7 @@ impl Cluster {
             dir,
             pin_dir,
             daemon: None,
+            takeovers: 0,
         })
     }
 

@@ -1,6 +1,7 @@
 //! Starting the real daemons and the real CNI plugin of a cluster.
 
 use crate::{
+    cgroup::Cgroup,
     cluster::{CONTROL_V4, Cluster, Node, Pod},
     metrics::{Scrape, http_get},
     proc::{Place, Proc, binary},
@@ -246,6 +247,38 @@ impl Cluster {
 
     /// Starts the daemon of a node without waiting.
     pub fn launch_node(&mut self, name: &str, options: &NodeOptions) -> Result<()> {
+        let proc = self.spawn_node(name, options, &self.node(name)?.daemon_cgroup, "mesh-node.log")?;
+        self.node_mut(name)?.daemon = Some(NodeDaemon { proc });
+        Ok(())
+    }
+
+    /// Starts one more daemon on a node, which takes over from the running one, in a cgroup of its own as another pod
+    /// would have. Returns the old one once the new one runs.
+    pub fn take_over(&mut self, name: &str, options: &NodeOptions) -> Result<NodeDaemon> {
+        let (mut proc, old) = self.begin_takeover(name, options)?;
+        let ready = proc.until(&format!("the successor on {name} to run"), START * 2, |proc| {
+            Ok(proc.log().contains("mesh_node::role::node: running"))
+        });
+        self.node_mut(name)?.daemon = Some(NodeDaemon { proc });
+        ready?;
+        Ok(old)
+    }
+
+    /// Starts a daemon that is to take over, and takes the running one from its node. The caller puts back the one that
+    /// serves in the end.
+    pub fn begin_takeover(&mut self, name: &str, options: &NodeOptions) -> Result<(Proc, NodeDaemon)> {
+        let node = self.node_mut(name)?;
+        node.takeovers += 1;
+        let number = node.takeovers;
+        let cgroup = node.cgroup.child(&format!("daemon-{number}"))?;
+        let mut options = options.clone();
+        options.extra.push("--takeover".to_owned());
+        let proc = self.spawn_node(name, &options, &cgroup, &format!("mesh-node-{number}.log"))?;
+        let old = self.node_mut(name)?.daemon.take().context("no daemon to take over from")?;
+        Ok((proc, old))
+    }
+
+    fn spawn_node(&self, name: &str, options: &NodeOptions, cgroup: &Cgroup, log: &str) -> Result<Proc> {
         let control = self.control.as_ref().context("start the control plane first")?;
         let node = self.node(name)?;
         let token_file = node.dir.join("token");
@@ -271,11 +304,8 @@ impl Cluster {
             args.extend([flag.into(), value]);
         }
         args.extend(options.extra.iter().map(OsString::from));
-        let place = Place { cgroup: &node.daemon_cgroup, netns: Some(&node.netns) };
-        let log = node.dir.join("mesh-node.log");
-        let proc = place.spawn(&format!("mesh-node {name}"), &binary("mesh-node")?, &args, &log)?;
-        self.node_mut(name)?.daemon = Some(NodeDaemon { proc });
-        Ok(())
+        let place = Place { cgroup, netns: Some(&node.netns) };
+        place.spawn(&format!("mesh-node {name}"), &binary("mesh-node")?, &args, &node.dir.join(log))
     }
 
     /// Waits until the daemon of a node says that it is ready.

@@ -14,7 +14,15 @@ use hyper_util::{
     rt::{TokioIo, TokioTimer},
     service::TowerToHyperService,
 };
-use std::{collections::HashMap, io, net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    collections::HashMap,
+    io,
+    net::SocketAddr,
+    os::fd::{AsFd as _, OwnedFd},
+    path::PathBuf,
+    sync::Arc,
+    time::Duration,
+};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::{TcpListener, UnixListener},
@@ -140,14 +148,49 @@ pub fn bind(
     router: Router,
     stop: CancellationToken,
 ) -> Result<impl Future<Output = ()> + Send + use<>, ServeError> {
-    let failed = |at: String| move |source| ServeError::Listen { what, at, source };
-    let listener = match endpoint {
-        Endpoint::Tcp(addr) => Listener::Tcp(listen_tcp(*addr).map_err(failed(addr.to_string()))?),
-        Endpoint::Unix(path) => {
-            Listener::Unix(net::unix::listen(path).map_err(failed(path.display().to_string()))?)
+    Ok(serve(Listener::bind(what, endpoint)?, router, stop))
+}
+
+/// A listening socket of either kind.
+pub enum Listener {
+    /// TCP.
+    Tcp(TcpListener),
+    /// A Unix socket.
+    Unix(UnixListener),
+}
+
+impl Listener {
+    /// Listens.
+    pub fn bind(what: &'static str, endpoint: &Endpoint) -> Result<Self, ServeError> {
+        let failed = |at: String| move |source| ServeError::Listen { what, at, source };
+        Ok(match endpoint {
+            Endpoint::Tcp(addr) => Self::Tcp(listen_tcp(*addr).map_err(failed(addr.to_string()))?),
+            Endpoint::Unix(path) => {
+                Self::Unix(net::unix::listen(path).map_err(failed(path.display().to_string()))?)
+            }
+        })
+    }
+
+    /// Goes on with a predecessor's socket. An error if it is not for this endpoint.
+    pub fn adopt(endpoint: &Endpoint, socket: OwnedFd) -> io::Result<Self> {
+        let Endpoint::Tcp(addr) = endpoint else {
+            return Ok(Self::Unix(net::unix::adopt(socket)?));
+        };
+        let listener = std::net::TcpListener::from(socket);
+        if listener.local_addr()? != *addr {
+            return Err(io::Error::new(io::ErrorKind::AddrNotAvailable, "it listens elsewhere"));
         }
-    };
-    Ok(serve(listener, router, stop))
+        listener.set_nonblocking(true)?;
+        Ok(Self::Tcp(TcpListener::from_std(listener)?))
+    }
+
+    /// The same socket once more, for a successor.
+    pub fn share(&self) -> io::Result<OwnedFd> {
+        match self {
+            Self::Tcp(listener) => listener.as_fd().try_clone_to_owned(),
+            Self::Unix(listener) => listener.as_fd().try_clone_to_owned(),
+        }
+    }
 }
 
 fn listen_tcp(addr: SocketAddr) -> io::Result<TcpListener> {
@@ -156,12 +199,8 @@ fn listen_tcp(addr: SocketAddr) -> io::Result<TcpListener> {
     TcpListener::from_std(listener)
 }
 
-enum Listener {
-    Tcp(TcpListener),
-    Unix(UnixListener),
-}
-
-async fn serve(listener: Listener, router: Router, stop: CancellationToken) {
+/// Serves until `stop`; ends after the last connection has.
+pub async fn serve(listener: Listener, router: Router, stop: CancellationToken) {
     let permits = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     let tasks = TaskTracker::new();
     loop {

@@ -251,9 +251,14 @@ impl Datapath {
         self.pulse.clone()
     }
 
-    /// The lock on the pins, for a successor.
-    pub fn lock(&self) -> BorrowedFd<'_> {
+    /// The lock on the pins, for a successor; `None` when it has been handed over.
+    pub fn lock(&self) -> Option<BorrowedFd<'_>> {
         self.pins.lock()
+    }
+
+    /// Leaves the pins to the successor that was given the lock.
+    pub fn let_lock_go(&mut self) {
+        self.pins.let_lock_go();
     }
 
     /// This process's sockets are captured like any other's from now on; for one that has drained after a takeover.

@@ -6,12 +6,11 @@
 
 use mesh_common::{ABI_VERSION, map};
 use nix::{
-    fcntl::{Flock, FlockArg},
     mount::{MsFlags, mount},
     sys::statfs::{BPF_FS_MAGIC, statfs},
 };
 use std::{
-    fs::{self, File},
+    fs::{self, File, TryLockError},
     io,
     os::{
         fd::{AsFd as _, BorrowedFd, OwnedFd},
@@ -48,16 +47,9 @@ pub enum PinError {
 #[derive(Debug)]
 pub(super) struct Pins {
     base: PathBuf,
-    /// Held as long as the pins are this process's, or its successor's.
-    lock: Lock,
-}
-
-/// The lock on the folder. It belongs to the open file and not to the process: two processes have it together during a
-/// takeover.
-#[derive(Debug)]
-enum Lock {
-    Own(Flock<File>),
-    Inherited(OwnedFd),
+    /// Locked as long as the pins are this process's, or its successor's: the lock belongs to the open file and not to
+    /// the process, so that two processes have it together during a takeover.
+    lock: Option<File>,
 }
 
 /// What [`unload`] removed.
@@ -77,11 +69,11 @@ impl Pins {
         ensure_bpffs(base)?;
         fs::create_dir_all(base).map_err(|source| file("create", base, source))?;
         let dir = File::open(base).map_err(|source| file("open", base, source))?;
-        let lock = Flock::lock(dir, FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| match errno {
-            nix::errno::Errno::EWOULDBLOCK => PinError::InUse(base.to_owned()),
-            errno => file("lock", base, errno.into()),
-        })?;
-        Ok(Self { base: base.to_owned(), lock: Lock::Own(lock) })
+        match dir.try_lock() {
+            Ok(()) => Ok(Self { base: base.to_owned(), lock: Some(dir) }),
+            Err(TryLockError::WouldBlock) => Err(PinError::InUse(base.to_owned())),
+            Err(TryLockError::Error(source)) => Err(file("lock", base, source)),
+        }
     }
 
     /// The folder of a daemon that handed its lock over.
@@ -93,15 +85,17 @@ impl Pins {
         if theirs != ours {
             return Err(PinError::Elsewhere(base.to_owned()));
         }
-        Ok(Self { base: base.to_owned(), lock: Lock::Inherited(lock.into()) })
+        Ok(Self { base: base.to_owned(), lock: Some(lock) })
     }
 
     /// The lock, for a successor.
-    pub(super) fn lock(&self) -> BorrowedFd<'_> {
-        match &self.lock {
-            Lock::Own(lock) => lock.as_fd(),
-            Lock::Inherited(lock) => lock.as_fd(),
-        }
+    pub(super) fn lock(&self) -> Option<BorrowedFd<'_>> {
+        self.lock.as_ref().map(File::as_fd)
+    }
+
+    /// Leaves the folder to the successor, which has the lock as well.
+    pub(super) fn let_lock_go(&mut self) {
+        self.lock = None;
     }
 
     /// Pins something in the place of what may be there: the new pin is there before the old one goes.
@@ -315,10 +309,8 @@ mod tests {
     // A plain folder has the same file operations; the bpffs itself is exercised by the end-to-end tests.
     fn pins(base: &Path) -> Pins {
         let dir = File::open(base).unwrap();
-        Pins {
-            base: base.to_owned(),
-            lock: Lock::Own(Flock::lock(dir, FlockArg::LockExclusiveNonblock).unwrap()),
-        }
+        dir.try_lock().unwrap();
+        Pins { base: base.to_owned(), lock: Some(dir) }
     }
 
     #[test]
@@ -343,6 +335,21 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let _first = pins(dir.path());
         let second = File::open(dir.path()).unwrap();
-        assert!(Flock::lock(second, FlockArg::LockExclusiveNonblock).is_err());
+        assert!(second.try_lock().is_err());
+    }
+
+    #[test]
+    fn the_lock_outlives_the_predecessor_in_its_successor() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut first = pins(dir.path());
+        let successor =
+            Pins::inherit(dir.path(), first.lock().unwrap().try_clone_to_owned().unwrap()).unwrap();
+        first.let_lock_go();
+        assert!(File::open(dir.path()).unwrap().try_lock().is_err(), "the successor has it");
+        drop(successor);
+        assert!(File::open(dir.path()).unwrap().try_lock().is_ok());
+        let elsewhere = tempfile::tempdir().unwrap();
+        let lock = File::open(dir.path()).unwrap().into();
+        assert!(matches!(Pins::inherit(elsewhere.path(), lock), Err(PinError::Elsewhere(_))));
     }
 }

@@ -9,10 +9,13 @@ use std::{
 
 /// The listeners of one pod, each list in the order of the pod's addresses.
 #[derive(Debug, Default)]
-pub(super) struct Listeners {
-    pub(super) outbound: Vec<TcpListener>,
-    pub(super) inbound_plain: Vec<TcpListener>,
-    pub(super) inbound_hbone: Vec<TcpListener>,
+pub struct Listeners {
+    /// On a free port: what `connect` is redirected to.
+    pub outbound: Vec<TcpListener>,
+    /// On 15006.
+    pub inbound_plain: Vec<TcpListener>,
+    /// On 15008.
+    pub inbound_hbone: Vec<TcpListener>,
 }
 
 /// Opens all listeners, or none.

@@ -21,6 +21,7 @@ pub(crate) mod testing;
 mod tests;
 
 pub use error::{CaptureError, EnrollError};
+pub use listeners::Listeners;
 pub use pods::{Added, Enroller, Limits, Phase, PodStatus};
 
 use crate::net::NetNs;

@@ -5,7 +5,7 @@
 //! control plane say everything again.
 
 use super::{
-    EnrollError, LeaveReason, LocalPod, Membership, Mesh, PodInfo, alive, listeners,
+    EnrollError, LeaveReason, Listeners, LocalPod, Membership, Mesh, PodInfo, alive, listeners,
     scan::{self, ScanConfig},
 };
 use crate::{
@@ -108,6 +108,8 @@ pub struct PodStatus {
 struct Slot {
     netns: Arc<NetNs>,
     view: Mutex<(PodInfo, Phase)>,
+    /// Listeners that a predecessor handed over, until the pod is captured on them.
+    handed: Mutex<Option<Listeners>>,
     /// Held by the operation on this pod.
     work: tokio::sync::Mutex<()>,
     /// Whether the capturer may hold anything of it.
@@ -125,6 +127,7 @@ impl Slot {
         Self {
             netns,
             view: Mutex::new((info, Phase::Pending)),
+            handed: Mutex::default(),
             work: tokio::sync::Mutex::default(),
             taken: AtomicBool::new(false),
             stop: CancellationToken::new(),
@@ -135,6 +138,10 @@ impl Slot {
 
     fn view(&self) -> MutexGuard<'_, (PodInfo, Phase)> {
         self.view.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn take_handed(&self) -> Option<Listeners> {
+        self.handed.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 
     fn info(&self) -> PodInfo {
@@ -251,6 +258,26 @@ impl<M: Mesh> Enroller<M> {
         }
         let _work = slot.work.lock().await;
         self.settle(&slot, deadline).await
+    }
+
+    /// Takes a pod over from a predecessor, with the listeners that it was captured on. If nobody says yet whether it is
+    /// in the mesh, the listeners wait for the answer.
+    pub async fn adopt(
+        &self,
+        info: PodInfo,
+        netns: NetNs,
+        listeners: Option<Listeners>,
+    ) -> Result<Added, EnrollError> {
+        let slot = self.slot_for(&info, &Arc::new(netns))?;
+        *slot.handed.lock().unwrap_or_else(PoisonError::into_inner) = listeners;
+        let _work = slot.work.lock().await;
+        self.settle(&slot, Instant::now()).await
+    }
+
+    /// Every pod with its network namespace, for a successor.
+    pub fn handover(&self) -> Vec<(PodInfo, Arc<NetNs>)> {
+        let all = self.all();
+        all.iter().filter(|s| !s.stop.is_cancelled()).map(|s| (s.info(), Arc::clone(&s.netns))).collect()
     }
 
     /// The record of the namespace, made if there is none. It may be one that is being removed.
@@ -484,6 +511,7 @@ impl<M: Mesh> Enroller<M> {
                 }
             }
             Membership::Leave(reason) => {
+                slot.take_handed();
                 self.let_go(slot).await;
                 slot.set_phase(Phase::Left(reason));
                 Ok(Added::NotInMesh(reason))
@@ -519,13 +547,16 @@ impl<M: Mesh> Enroller<M> {
         if info.addrs.is_empty() {
             return Err(EnrollError::NoAddress { pod: Box::new(info) });
         }
-        let listeners = loop {
-            match listeners::open(&info, &slot.netns) {
-                Err(e) if listeners::not_yet(&e) && Instant::now() + ADDR_RETRY < deadline => {
-                    sleep(ADDR_RETRY).await;
+        let listeners = match slot.take_handed() {
+            Some(listeners) => listeners,
+            None => loop {
+                match listeners::open(&info, &slot.netns) {
+                    Err(e) if listeners::not_yet(&e) && Instant::now() + ADDR_RETRY < deadline => {
+                        sleep(ADDR_RETRY).await;
+                    }
+                    result => break result?,
                 }
-                result => break result?,
-            }
+            },
         };
         let cookie = slot.netns.cookie();
         let pod = LocalPod {

@@ -1,4 +1,4 @@
-//! One message with at most one file descriptor over a Unix stream socket (SCM_RIGHTS).
+//! Messages with file descriptors over a Unix stream socket (SCM_RIGHTS).
 
 use super::sys;
 use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
@@ -9,16 +9,22 @@ use std::{
 
 /// `SCM_MAX_FD`: with room for this many nothing can be cut off, so no descriptor is ever installed and
 /// forgotten.
-const MAX_FDS: usize = 253;
+pub const MAX_FDS: usize = 253;
 
 /// Sends the beginning of `data`, with `fd` if given, and returns how many bytes went out.
 pub fn send(socket: impl AsFd, data: &[u8], fd: Option<BorrowedFd<'_>>) -> io::Result<usize> {
-    let fds = fd.map(|fd| [fd.as_raw_fd()]);
-    let control: Vec<ControlMessage<'_>> = fds.iter().map(|fds| ControlMessage::ScmRights(fds)).collect();
+    send_all(socket, data, fd.as_slice())
+}
+
+/// Sends the beginning of `data` with all of `fds`, at most [`MAX_FDS`], and returns how many bytes went out.
+pub fn send_all(socket: impl AsFd, data: &[u8], fds: &[BorrowedFd<'_>]) -> io::Result<usize> {
+    let fds: Vec<RawFd> = fds.iter().map(AsRawFd::as_raw_fd).collect();
+    let rights = [ControlMessage::ScmRights(&fds)];
+    let control = if fds.is_empty() { &rights[..0] } else { &rights[..] };
     let sent = sendmsg::<()>(
         socket.as_fd().as_raw_fd(),
         &[IoSlice::new(data)],
-        &control,
+        control,
         MsgFlags::MSG_NOSIGNAL,
         None,
     )?;
@@ -28,6 +34,15 @@ pub fn send(socket: impl AsFd, data: &[u8], fd: Option<BorrowedFd<'_>>) -> io::R
 /// Receives into `buf`: the number of bytes (0 at the end of the stream) and the descriptor that came with
 /// them. More than one descriptor is an error, and all of them are closed.
 pub fn recv(socket: impl AsFd, buf: &mut [u8]) -> io::Result<(usize, Option<OwnedFd>)> {
+    let (n, mut received) = recv_all(socket, buf)?;
+    if received.len() > 1 {
+        return Err(io::Error::new(io::ErrorKind::InvalidData, "more than one descriptor in one message"));
+    }
+    Ok((n, received.pop()))
+}
+
+/// Receives into `buf`: the number of bytes (0 at the end of the stream) and all descriptors that came with them.
+pub fn recv_all(socket: impl AsFd, buf: &mut [u8]) -> io::Result<(usize, Vec<OwnedFd>)> {
     let mut space = nix::cmsg_space!([RawFd; MAX_FDS]);
     let mut iov = [IoSliceMut::new(buf)];
     let message =
@@ -38,10 +53,7 @@ pub fn recv(socket: impl AsFd, buf: &mut [u8]) -> io::Result<(usize, Option<Owne
             received.extend(sys::own_received(&fds));
         }
     }
-    if received.len() > 1 {
-        return Err(io::Error::new(io::ErrorKind::InvalidData, "more than one descriptor in one message"));
-    }
-    Ok((message.bytes, received.pop()))
+    Ok((message.bytes, received))
 }
 
 #[cfg(test)]

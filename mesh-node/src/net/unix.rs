@@ -2,7 +2,10 @@
 
 use std::{
     fs, io,
-    os::unix::fs::{FileTypeExt, PermissionsExt},
+    os::{
+        fd::OwnedFd,
+        unix::fs::{FileTypeExt, PermissionsExt},
+    },
     path::Path,
 };
 use tokio::net::UnixListener;
@@ -35,6 +38,13 @@ pub fn listen(path: &Path) -> io::Result<UnixListener> {
     fs::set_permissions(&staged, fs::Permissions::from_mode(0o600))?;
     fs::rename(&staged, path)?;
     Ok(listener)
+}
+
+/// Goes on with a listening socket that another process has made.
+pub fn adopt(socket: OwnedFd) -> io::Result<UnixListener> {
+    let listener = std::os::unix::net::UnixListener::from(socket);
+    listener.set_nonblocking(true)?;
+    UnixListener::from_std(listener)
 }
 
 #[cfg(test)]

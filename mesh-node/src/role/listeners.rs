@@ -9,7 +9,9 @@ use crate::{
     net::accept_from,
     outbound::Outbound,
 };
+use futures::FutureExt as _;
 use std::{
+    io,
     net::{SocketAddr, TcpListener as StdListener},
     sync::Arc,
 };
@@ -42,6 +44,28 @@ pub enum Kind {
     Hbone,
 }
 
+/// The sockets that a pod is captured on.
+#[derive(Clone, Debug, Default)]
+pub struct Listening {
+    /// What `connect` is redirected to.
+    pub outbound: Vec<Arc<TcpListener>>,
+    /// On 15006.
+    pub inbound_plain: Vec<Arc<TcpListener>>,
+    /// On 15008.
+    pub inbound_hbone: Vec<Arc<TcpListener>>,
+}
+
+impl Listening {
+    /// Those of one kind.
+    pub fn of(&mut self, kind: Kind) -> &mut Vec<Arc<TcpListener>> {
+        match kind {
+            Kind::Outbound => &mut self.outbound,
+            Kind::Plain => &mut self.inbound_plain,
+            Kind::Hbone => &mut self.inbound_hbone,
+        }
+    }
+}
+
 /// The place of a connection among those of its pod that are not established yet.
 enum Begun {
     Outbound(SettingUp),
@@ -60,22 +84,25 @@ impl Begun {
 }
 
 impl Handlers {
-    /// Serves one listener of a pod until `stop`.
+    /// Serves one listener of a pod until `stop`. Returns it, for a successor to go on with.
     pub fn listen(
         self: &Arc<Self>,
         pod: &Arc<LocalPod>,
         kind: Kind,
         listener: StdListener,
         stop: CancellationToken,
-    ) {
+    ) -> io::Result<Arc<TcpListener>> {
         // All of a pod's listeners on one worker: its connections then share that worker's tunnels.
         let home = usize::try_from(pod.cookie % self.workers.len() as u64).unwrap_or(0);
         let (this, pod) = (self.clone(), pod.clone());
-        self.workers.handle(home).spawn(async move {
-            let listener = match TcpListener::from_std(listener) {
-                Ok(listener) => listener,
-                Err(error) => return tracing::error!(pod = %pod.name, ?kind, %error, "cannot listen"),
-            };
+        let worker = self.workers.handle(home);
+        let listener = {
+            // A socket belongs to the reactor of the runtime that it is made in.
+            let _worker = worker.enter();
+            Arc::new(TcpListener::from_std(listener)?)
+        };
+        let shared = listener.clone();
+        worker.spawn(async move {
             let mut accepts = 0;
             loop {
                 accepts += 1;
@@ -91,14 +118,19 @@ impl Handlers {
                     accept_from(&listener).await
                 };
                 tokio::select! {
-                    () = stop.cancelled() => return,
+                    () = stop.cancelled() => break,
                     accepted = accept => match accepted {
                         Ok((stream, client)) => this.accepted(home, &pod, kind, stream, client),
                         Err(error) => return tracing::error!(pod = %pod.name, ?kind, %error, "a listener broke"),
                     }
                 }
             }
+            // Who is in the queue already was told that the connection stands.
+            while let Some(Ok((stream, client))) = listener.accept().now_or_never() {
+                this.accepted(home, &pod, kind, stream, client);
+            }
         });
+        Ok(shared)
     }
 
     fn accepted(

@@ -1,6 +1,7 @@
 //! What a process of this crate does as a whole: the node daemon. Wiring only.
 
 pub mod direct;
+pub mod handover;
 pub mod heartbeat;
 pub mod kept;
 pub mod limits;
@@ -8,6 +9,8 @@ pub mod listeners;
 pub mod mesh;
 pub mod node;
 pub mod reconcile;
+pub mod sampled;
+pub mod succession;
 pub mod view;
 pub mod workers;
 pub mod xds;

@@ -2,48 +2,62 @@
 
 use super::{
     direct::DirectMetrics,
+    handover::{self, CniServer, Outgoing},
     heartbeat::Heartbeat,
     kept::{self, ConfigSource, KeptConfig},
     limits,
     listeners::Handlers,
     mesh::NodeMesh,
     reconcile::{Command, InStep, QUEUE, Reconcile},
+    sampled::sampled,
+    succession::{self, Succession},
     view::{LogFilter, View},
     workers::Workers,
     xds,
 };
 use crate::{
-    admin::server::{Endpoint, admin_router, bind, stats_router},
+    admin::{
+        self,
+        server::{Endpoint, Listener, admin_router, stats_router},
+    },
     bpf::{Datapath, DenyEvent, Feature, LoadOptions},
     config::{self, Config},
     drain::Drain,
-    enroll::{self, Enroller, Limits, Phase, scan::ScanConfig},
+    enroll::{Enroller, Limits, Phase, scan::ScanConfig},
     hbone::{Pool, PoolLimits},
     identity::{CertManager, CertOptions, IstioCa, TokenFile},
     inbound::Inbound,
     local::SharedLocals,
-    metrics::{Direction, Metrics, Sample},
+    metrics::{Direction, Metrics},
     net::{self, NetNs},
     outbound::{Affinity, Outbound},
+    outcome::chain,
     plan::NodeView,
     pulse::Pulse,
     state::Store,
+    takeover::{self, Server},
     tls::ControlPlane,
 };
 use anyhow::Context;
 use arc_swap::ArcSwap;
 use mesh_xds::grpc::AdsClient;
 use std::{
+    cell::Cell,
+    collections::HashMap,
     net::{IpAddr, Ipv4Addr},
+    os::fd::{AsFd as _, OwnedFd},
     path::Path,
     sync::{
-        Arc, Mutex,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicBool, Ordering},
         mpsc,
     },
     time::{Duration, Instant},
 };
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::{
+    signal::unix::{SignalKind, signal},
+    task::JoinHandle,
+};
 use tokio_util::sync::CancellationToken;
 
 /// How often direct connections are counted between scrapes, before the kernel's table may evict rows.
@@ -51,6 +65,9 @@ const COUNT_DIRECT: Duration = Duration::from_secs(15);
 
 /// How often it is asked whether all pods were looked at after the start.
 const SUCCEED: Duration = Duration::from_secs(1);
+
+/// How long a takeover waits for the configuration.
+const CONFIGURATION: Duration = Duration::from_secs(60);
 
 /// Runs the daemon until SIGTERM or SIGINT.
 pub fn run(config: Config, log: LogFilter) -> anyhow::Result<()> {
@@ -76,7 +93,11 @@ async fn serve(config: Config, log: LogFilter) -> anyhow::Result<()> {
     let stop = CancellationToken::new();
 
     let limits = limits::start(&config);
-    let mut datapath = load(&config)?;
+    let mut succession = match config.args.takeover {
+        true => tokio::task::block_in_place(|| Succession::begin(&config)).context("cannot take over")?,
+        false => None,
+    };
+    let mut datapath = load(&config, succession.as_mut())?;
     let (events, logs) = (datapath.take_events(), datapath.take_logs());
     let (heart, pulse, adopted) = (datapath.heartbeat(), datapath.pulse(), datapath.adopted());
     let meta = datapath.sockets();
@@ -84,11 +105,6 @@ async fn serve(config: Config, log: LogFilter) -> anyhow::Result<()> {
     if let Some(logs) = logs {
         tokio::spawn(logs);
     }
-    if let Some(events) = events {
-        let (locals, metrics) = (locals.clone(), metrics.clone());
-        tokio::spawn(events.run(move |event| denied(&locals, &metrics, &event)));
-    }
-
     let plane = ControlPlane::new(
         &config.args.xds_address,
         &config.xds_server_name,
@@ -126,6 +142,8 @@ async fn serve(config: Config, log: LogFilter) -> anyhow::Result<()> {
 
     let (commands, queue) = mpsc::sync_channel(QUEUE);
     let synced = Arc::new(AtomicBool::new(false));
+    // While a predecessor is there, the kernel is its own.
+    let gate = if succession.is_some() { Arc::default() } else { synced.clone() };
     let in_step = Arc::new(ArcSwap::from_pointee(InStep::default()));
     let reconcile = Reconcile {
         datapath: datapath.clone(),
@@ -138,9 +156,10 @@ async fn serve(config: Config, log: LogFilter) -> anyhow::Result<()> {
         in_step: in_step.clone(),
         node_name: config.args.node_name.clone(),
         runtime: tokio::runtime::Handle::current(),
-        synced: synced.clone(),
+        synced: gate.clone(),
         pulse: pulse.clone(),
         limits: limits.clone(),
+        frozen: Cell::default(),
     };
     let reconciler =
         std::thread::Builder::new().name("reconcile".into()).spawn(move || reconcile.run(&queue))?;
@@ -174,7 +193,7 @@ async fn serve(config: Config, log: LogFilter) -> anyhow::Result<()> {
     let (mut client, _demand, ads) = AdsClient::new(xds::ads_config(&config, node_ip()), transport, handler);
     let source = ConfigSource { ads: ads.clone(), disk: kept_config.restore(&mut client).await };
     kept::register(&metrics, &source, kept_config.writer().as_ref());
-    let writing = kept_config.start(ads.clone());
+    let mut writing = kept_config.start(ads.clone());
     let client = tokio::spawn(client.run(stop.clone().cancelled_owned()));
 
     let view = Arc::new(View {
@@ -199,13 +218,55 @@ async fn serve(config: Config, log: LogFilter) -> anyhow::Result<()> {
     }
     sampled(&metrics, &view, &handlers, &affinity);
     limits::export(&metrics, &limits, &view.locals);
-    servers(&config, &view, &stop)?;
-    let gate = synced.clone();
-    tokio::spawn(follow_sync(source, synced, mesh.clone(), to_reconcile.clone()));
-    tokio::spawn(count_direct(view.clone(), stop.clone()));
-    let cni =
-        net::unix::listen(&config.args.run_dir.join("cni.sock")).context("cannot listen for mesh-cni")?;
-    let cni = tokio::spawn(enroll::server::serve(cni, enroller.clone(), stop.clone()));
+    tokio::spawn(follow_sync(source, synced.clone(), mesh.clone(), to_reconcile.clone()));
+    // Ends at a takeover, when the connection to the control plane goes on for the policies of what is still open.
+    let serving = stop.child_token();
+    let mut inherited = HashMap::new();
+    if let Some(mut succession) = succession {
+        let complete = tokio::time::timeout(CONFIGURATION, wait_for(&synced)).await;
+        complete.context("no configuration came; the running daemon stays")?;
+        let estate = tokio::task::block_in_place(|| succession.inherit()).context("cannot take over")?;
+        let (certificates, errors) = certs.import(estate.certificates);
+        errors
+            .iter()
+            .for_each(|error| tracing::warn!(error = %chain(error), "a certificate is not taken over"));
+        gate.store(true, Ordering::Release);
+        let captured = succession::adopt(&enroller, estate.pods).await;
+        inherited.extend(estate.servers);
+        tracing::info!(captured, certificates, took = ?started.elapsed(), "serving beside the predecessor");
+        // An error after the commit leaves two that accept for a while, which does no harm.
+        if let Err(error) = tokio::task::block_in_place(|| succession.commit()) {
+            tracing::warn!(error = %chain(&error), "the predecessor does not say that it has stepped aside");
+        }
+    }
+    let events = events.map(|events| {
+        let (locals, metrics) = (view.locals.clone(), metrics.clone());
+        tokio::spawn(events.run(move |event| denied(&locals, &metrics, &event)))
+    });
+    let mut shared = servers(&config, &view, &serving, &mut inherited)?;
+    tokio::spawn(count_direct(view.clone(), serving.clone()));
+    let mut unix = |server, name: &str| -> anyhow::Result<tokio::net::UnixListener> {
+        let listener = inherited.remove(&server).map(net::unix::adopt).transpose();
+        match listener.with_context(|| format!("cannot go on with {name}"))? {
+            Some(listener) => Ok(listener),
+            None => net::unix::listen(&config.args.run_dir.join(name))
+                .with_context(|| format!("cannot listen on {name}")),
+        }
+    };
+    let cni = unix(Server::Cni, "cni.sock")?.as_fd().try_clone_to_owned()?;
+    let cni = CniServer::start(cni, enroller.clone(), serving.clone()).context("cannot serve mesh-cni")?;
+    let takeover = unix(Server::Takeover, takeover::SOCKET)?;
+    shared.push((Server::Takeover, takeover.as_fd().try_clone_to_owned()?));
+    let outgoing = Outgoing {
+        node: config.args.node_name.clone(),
+        commands: to_reconcile.clone(),
+        datapath: datapath.clone(),
+        enroller: enroller.clone(),
+        certs: certs.clone(),
+        servers: shared,
+        cni,
+    };
+    let mut handover = tokio::spawn(handover::serve(takeover, outgoing, serving.clone()));
     let scan = ScanConfig {
         // The mount point, not the directory to attach to: /proc shows paths from there.
         cgroup_root: config::find_cgroup2().unwrap_or_else(|| config.cgroup_root.clone()),
@@ -213,21 +274,44 @@ async fn serve(config: Config, log: LogFilter) -> anyhow::Result<()> {
         ..ScanConfig::default()
     };
     let found = enroller.scan(&scan).await.context("cannot look for running pods")?;
-    tokio::spawn(succeed(enroller.clone(), gate, to_reconcile.clone(), certs.clone()));
+    tokio::spawn(succeed(enroller.clone(), synced, to_reconcile.clone(), certs.clone()));
     let following = tokio::spawn({
-        let (enroller, stop) = (enroller.clone(), stop.clone());
+        let (enroller, stop) = (enroller.clone(), serving.clone());
         async move { enroller.run(Path::new("/proc"), stop).await }
     });
     tracing::info!(node = config.args.node_name, pods = found, took = ?started.elapsed(), "running");
 
-    terminated().await?;
-    tracing::info!("stopping; the pins stay, and the kernel does without the daemon");
-    // First: from here on the kernel sends nothing new here.
-    let _ = tokio::task::spawn_blocking(move || heartbeat.end()).await;
+    let handed_over = tokio::select! {
+        ended = terminated() => {
+            ended?;
+            false
+        }
+        handed_over = &mut handover => handed_over.unwrap_or(false),
+    };
     drain.begin.cancel();
+    serving.cancel();
+    if handed_over {
+        tracing::info!(open = ?handlers.workers.active(), "handed over; what is open goes on here");
+        events.iter().for_each(JoinHandle::abort);
+        let _ = tokio::task::spawn_blocking(move || heartbeat.hand_over()).await;
+        let _ = following.await;
+        // The successor keeps it from now on.
+        if let Some(writing) = writing.take() {
+            writing.finish().await;
+        }
+        wind_down(config.takeover_drain, &handlers, &drain).await;
+        if let Err(error) = datapath.lock().unwrap_or_else(PoisonError::into_inner).leave() {
+            tracing::warn!(error = %chain(&error), "the kernel goes on to spare this daemon's cgroup");
+        }
+    } else {
+        tracing::info!("stopping; the pins stay, and the kernel does without the daemon");
+        // First: from here on the kernel sends nothing new here.
+        let _ = tokio::task::spawn_blocking(move || heartbeat.end()).await;
+        let _ = tokio::join!(following, handover);
+    }
     stop.cancel();
-    let _ = tokio::join!(client, cni, following);
-    if let Some(writing) = writing {
+    let _ = client.await;
+    if let Some(writing) = writing.take() {
         writing.finish().await;
     }
     let (done, stopped) = tokio::sync::oneshot::channel();
@@ -236,7 +320,9 @@ async fn serve(config: Config, log: LogFilter) -> anyhow::Result<()> {
         // An error means that the thread is gone already.
         let _ = stopped.await;
     }
-    wind_down(&config, &handlers, &drain).await;
+    if !handed_over {
+        wind_down(config.drain, &handlers, &drain).await;
+    }
     drop((view, enroller, mesh));
     // A thread that panicked has said so already.
     let _ = tokio::task::spawn_blocking(move || reconciler.join()).await;
@@ -244,7 +330,7 @@ async fn serve(config: Config, log: LogFilter) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn load(config: &Config) -> anyhow::Result<Datapath> {
+fn load(config: &Config, succession: Option<&mut Succession>) -> anyhow::Result<Datapath> {
     let options = LoadOptions {
         cgroup_root: config.cgroup_root.clone(),
         pin_dir: config.args.pin_dir.clone(),
@@ -253,137 +339,59 @@ fn load(config: &Config) -> anyhow::Result<Datapath> {
         host_netns_cookie: NetNs::current()?.cookie(),
         disabled: Feature::parse_all(&config.args.disable_features).context("--disable-features")?,
     };
-    Datapath::load(&options).context("cannot load the BPF programs; `mesh-node check` tells what is missing")
+    let datapath = match succession.and_then(Succession::take_lock) {
+        Some(lock) => Datapath::succeed(&options, lock),
+        None => Datapath::load(&options),
+    };
+    datapath.context("cannot load the BPF programs; `mesh-node check` tells what is missing")
 }
 
 /// Lets the open connections end, up to the deadline.
-async fn wind_down(config: &Config, handlers: &Handlers, drain: &Drain) {
+async fn wind_down(within: Duration, handlers: &Handlers, drain: &Drain) {
     handlers.pools.iter().for_each(Pool::drain);
     let idle = async {
         while handlers.workers.active().iter().sum::<usize>() > 0 {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
     };
-    if tokio::time::timeout(config.drain, idle).await.is_err() {
+    if tokio::time::timeout(within, idle).await.is_err() {
         tracing::warn!(open = ?handlers.workers.active(), "ending the connections that are still open");
         drain.force.cancel();
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
 }
 
-fn servers(config: &Config, view: &Arc<View>, stop: &CancellationToken) -> anyhow::Result<()> {
+/// Starts the HTTP servers, on a predecessor's sockets where there are any. Returns the sockets, for a successor.
+fn servers(
+    config: &Config,
+    view: &Arc<View>,
+    stop: &CancellationToken,
+    inherited: &mut HashMap<Server, OwnedFd>,
+) -> anyhow::Result<Vec<(Server, OwnedFd)>> {
     let admin_socket = Endpoint::Unix(config.args.run_dir.join("admin.sock"));
     let all = [
-        ("metrics", Endpoint::Tcp(config.args.metrics_addr), stats_router(view.clone())),
-        ("admin", Endpoint::Tcp(config.args.admin_addr), admin_router(view.clone())),
-        ("admin", admin_socket, admin_router(view.clone())),
+        (Server::Metrics, "metrics", Endpoint::Tcp(config.args.metrics_addr), stats_router(view.clone())),
+        (Server::Admin, "admin", Endpoint::Tcp(config.args.admin_addr), admin_router(view.clone())),
+        (Server::AdminSocket, "admin", admin_socket, admin_router(view.clone())),
     ];
-    for (what, endpoint, router) in all {
-        tokio::spawn(bind(what, &endpoint, router, stop.clone())?);
+    let mut sockets = vec![];
+    for (server, what, endpoint, router) in all {
+        let adopted = inherited.remove(&server).and_then(|socket| Listener::adopt(&endpoint, socket).ok());
+        let listener = match adopted {
+            Some(listener) => listener,
+            None => Listener::bind(what, &endpoint)?,
+        };
+        sockets.push((server, listener.share()?));
+        tokio::spawn(admin::server::serve(listener, router, stop.clone()));
     }
-    Ok(())
+    Ok(sockets)
 }
 
-/// Metrics that are read when they are asked for.
-fn sampled(metrics: &Arc<Metrics>, view: &Arc<View>, handlers: &Arc<Handlers>, affinity: &Arc<Affinity>) {
-    let weak = Arc::downgrade(view);
-    metrics.sample_counters(
-        "nodemesh_kernel_outcomes",
-        "Connects and datagrams by what the kernel did",
-        move || {
-            let counters = weak.upgrade().map(|view| view.counters()).unwrap_or_default();
-            counters.into_iter().map(|c| Sample::new([("outcome", c.name.as_str())], c.value)).collect()
-        },
-    );
-    let weak = Arc::downgrade(view);
-    metrics.sample_gauges("nodemesh_ready", "1 when configuration and kernel are in step", move || {
-        let ready = weak.upgrade().is_some_and(|view| view.not_ready().is_empty());
-        vec![Sample::new([], f64::from(u8::from(ready)))]
-    });
-    let weak = Arc::downgrade(view);
-    metrics.sample_gauges(
-        "nodemesh_xds_connected",
-        "1 while there is a stream to the control plane",
-        move || {
-            let connected = weak.upgrade().is_some_and(|view| view.ads.borrow().connected);
-            vec![Sample::new([], f64::from(u8::from(connected)))]
-        },
-    );
-    let weak = Arc::downgrade(view);
-    metrics.sample_gauges(
-        "nodemesh_certificate_expires_seconds",
-        "Time that is left, by identity",
-        move || {
-            let pods = weak.upgrade().map(|view| view.enrolled()).unwrap_or_default();
-            let mut samples = vec![];
-            for pod in pods {
-                if let Some(certificate) = pod.certificate {
-                    #[expect(clippy::cast_precision_loss, reason = "seconds")]
-                    let left = certificate.expires_in_seconds as f64;
-                    samples.push(Sample::new([("identity", pod.identity.as_str())], left));
-                }
-            }
-            samples.dedup_by(|a, b| a == b);
-            samples
-        },
-    );
-    let weak = Arc::downgrade(handlers);
-    metrics.sample_gauges("nodemesh_worker_connections", "Live connections by worker", move || {
-        let active = weak.upgrade().map(|h| h.workers.active()).unwrap_or_default();
-        #[expect(clippy::cast_precision_loss, reason = "connections")]
-        let sample =
-            |(n, active): (usize, usize)| Sample::new([("worker", n.to_string().as_str())], active as f64);
-        active.into_iter().enumerate().map(sample).collect()
-    });
-    let weak = Arc::downgrade(handlers);
-    metrics.sample_gauges(
-        "nodemesh_tunnels",
-        "HBONE connections and streams of the client pools",
-        move || {
-            let stats = weak
-                .upgrade()
-                .map(|h| h.pools.iter().map(Pool::stats).collect::<Vec<_>>())
-                .unwrap_or_default();
-            #[expect(clippy::cast_precision_loss, reason = "connections")]
-            let sum = |f: fn(&crate::hbone::PoolStats) -> u64| stats.iter().map(f).sum::<u64>() as f64;
-            vec![
-                Sample::new([("state", "connection")], sum(|s| s.connections)),
-                Sample::new([("state", "stream")], sum(|s| s.streams)),
-                Sample::new([("state", "dialing")], sum(|s| s.dialing)),
-            ]
-        },
-    );
-    let weak = Arc::downgrade(view);
-    metrics.sample_counters(
-        "nodemesh_certificate_requests",
-        "Certificates asked for, by outcome",
-        move || {
-            let stats = weak.upgrade().map(|view| view.certs.stats()).unwrap_or_default();
-            vec![
-                Sample::new([("outcome", "issued")], stats.issued),
-                Sample::new([("outcome", "failed")], stats.failed),
-            ]
-        },
-    );
-    let weak = Arc::downgrade(handlers);
-    metrics.sample_counters("nodemesh_tunnel_events", "What became of HBONE connections", move || {
-        let stats =
-            weak.upgrade().map(|h| h.pools.iter().map(Pool::stats).collect::<Vec<_>>()).unwrap_or_default();
-        let sum = |f: fn(&crate::hbone::PoolStats) -> u64| stats.iter().map(f).sum::<u64>();
-        vec![
-            Sample::new([("event", "opened")], sum(|s| s.opened)),
-            Sample::new([("event", "failed")], sum(|s| s.failed)),
-            Sample::new([("event", "retried")], sum(|s| s.retried)),
-            Sample::new([("event", "evicted")], sum(|s| s.evicted)),
-        ]
-    });
-    let weak = Arc::downgrade(affinity);
-    #[expect(clippy::cast_precision_loss, reason = "at most 65,536")]
-    metrics.sample_gauges(
-        "nodemesh_affinity_entries",
-        "Clients with session affinity in the daemon",
-        move || vec![Sample::new([], weak.upgrade().map_or(0.0, |a| a.len() as f64))],
-    );
+/// Waits until the configuration is complete.
+async fn wait_for(synced: &AtomicBool) {
+    while !synced.load(Ordering::Acquire) {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
 }
 
 /// Lets go what a predecessor captured beyond the pods of now, and its certificates that nobody uses, once every pod that

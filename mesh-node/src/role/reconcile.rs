@@ -4,7 +4,7 @@
 //! is brought in step with the final state, removals are published. A kernel that refuses is asked again every second;
 //! the last good state stays, and readiness says so. Deliberately absent: xDS, CNI and admin; they send commands.
 
-use super::listeners::{Handlers, Kind};
+use super::listeners::{Handlers, Kind, Listening};
 use crate::{
     bpf::{BpfError, CapturedPod, Datapath, Intent, ops::Table},
     enroll::{CaptureError, LocalPod as NewPod},
@@ -20,6 +20,7 @@ use crate::{
 use arc_swap::ArcSwap;
 use mesh_xds::model::{NamespacedName, Workload};
 use std::{
+    cell::Cell,
     collections::BTreeMap,
     os::fd::AsFd,
     sync::{
@@ -55,6 +56,12 @@ pub enum Command {
     Synced,
     /// Every pod of the node was looked at: what a predecessor captured beyond them goes.
     LetGo,
+    /// A successor is about to take over: nothing is changed any more. Answered with the pods' listeners, by cookie.
+    Freeze(oneshot::Sender<BTreeMap<u64, Listening>>),
+    /// The successor is gone: things change again.
+    Thaw,
+    /// The successor serves: no connection is accepted any more. Policies go on to reach those that are open.
+    Retire(oneshot::Sender<()>),
     /// The daemon ends. The kernel keeps what it has. The last command.
     Stop(oneshot::Sender<()>),
 }
@@ -98,6 +105,8 @@ pub struct Reconcile {
     pub pulse: Pulse,
     /// What a pod may hold of this node.
     pub limits: Arc<NodeLimits>,
+    /// Whether a successor changes the kernel's state, and this thread must not.
+    pub frozen: Cell<bool>,
 }
 
 /// A captured pod's parts that only this thread needs.
@@ -106,6 +115,7 @@ struct Captured {
     workload: Arc<Workload>,
     outbound_v4: Option<u16>,
     outbound_v6: Option<u16>,
+    listening: Listening,
     stop: CancellationToken,
 }
 
@@ -186,6 +196,24 @@ impl Reconcile {
                 }
                 Command::Synced => good &= self.bring_in_step(&self.store.world(), captured),
                 Command::LetGo => good &= self.let_predecessor_go(captured),
+                Command::Freeze(done) => {
+                    self.frozen.set(true);
+                    let _ = done.send(captured.iter().map(|(c, pod)| (*c, pod.listening.clone())).collect());
+                }
+                Command::Thaw => {
+                    self.frozen.set(false);
+                    if let Err(error) = self.datapath().forget() {
+                        tracing::error!(error = %chain(&error), "cannot see what the successor left behind");
+                    }
+                    good &= self.bring_in_step(&self.store.world(), captured);
+                }
+                Command::Retire(done) => {
+                    for pod in captured.values_mut() {
+                        pod.stop.cancel();
+                        pod.listening = Listening::default();
+                    }
+                    let _ = done.send(());
+                }
                 // Taken above, and by `run`.
                 Command::Batch(..) | Command::Stop(_) => {}
             }
@@ -212,6 +240,9 @@ impl Reconcile {
         if !self.synced.load(Ordering::Acquire) {
             // A part of the configuration would take away what the rest of it wants.
             return false;
+        }
+        if self.frozen.get() {
+            return true;
         }
         let started = Instant::now();
         let intent = self.intent(world, captured);
@@ -246,6 +277,9 @@ impl Reconcile {
     }
 
     fn capture(&self, new: NewPod, captured: &mut BTreeMap<u64, Captured>) -> Result<(), CaptureError> {
+        if self.frozen.get() {
+            return Err(CaptureError::ShuttingDown);
+        }
         let cookie = new.cookie;
         if captured.contains_key(&cookie) {
             self.release(cookie, captured);
@@ -265,14 +299,15 @@ impl Reconcile {
             let addrs = new.outbound.iter().filter_map(|l| l.local_addr().ok());
             addrs.filter(|a| a.is_ipv4() == v4).map(|a| a.port()).next()
         };
-        let entry = Captured {
+        let mut entry = Captured {
             pod: pod.clone(),
             workload,
             outbound_v4: port(true),
             outbound_v6: port(false),
+            listening: Listening::default(),
             stop: CancellationToken::new(),
         };
-        let result = self.take(new, &entry, captured);
+        let result = self.take(new, &mut entry, captured);
         match result {
             Ok(()) => {
                 tracing::info!(pod = %pod.name, cookie, identity = %pod.identity, "captured");
@@ -291,11 +326,11 @@ impl Reconcile {
     fn take(
         &self,
         new: NewPod,
-        entry: &Captured,
+        entry: &mut Captured,
         captured: &BTreeMap<u64, Captured>,
     ) -> Result<(), CaptureError> {
         let failed = |e: BpfError| CaptureError::Datapath(e.into());
-        let pod = &entry.pod;
+        let pod = &entry.pod.clone();
         self.update_locals(|locals| locals.insert(pod.clone()));
         for listener in &new.inbound_plain {
             let addr = listener.local_addr().map_err(|e| CaptureError::Datapath(e.into()))?;
@@ -308,7 +343,8 @@ impl Reconcile {
         ];
         for (kind, listeners) in kinds {
             for listener in listeners {
-                self.handlers.listen(pod, kind, listener, entry.stop.clone());
+                let shared = self.handlers.listen(pod, kind, listener, entry.stop.clone());
+                entry.listening.of(kind).push(shared.map_err(|e| CaptureError::Datapath(e.into()))?);
             }
         }
         let mut all: Vec<CapturedPod> = captured.values().map(Captured::desired).collect();
@@ -323,6 +359,9 @@ impl Reconcile {
 
     /// Tells the kernel which of the older listeners are still there; it does not see their end.
     fn sync_listeners(&self, captured: &BTreeMap<u64, Captured>) {
+        if self.frozen.get() {
+            return;
+        }
         for entry in captured.values() {
             let pod = &entry.pod;
             let synced = pod.netns.tcp_listeners().map_err(|e| chain(&e)).and_then(|listening| {
@@ -344,6 +383,9 @@ impl Reconcile {
     }
 
     fn let_predecessor_go(&self, captured: &BTreeMap<u64, Captured>) -> bool {
+        if self.frozen.get() {
+            return true;
+        }
         let gone = self.datapath().let_predecessor_go();
         match gone {
             Ok(true) => tracing::info!("what a predecessor captured and this daemon did not is let go"),
@@ -355,7 +397,9 @@ impl Reconcile {
 
     fn undo(&self, entry: &Captured) {
         let pod = &entry.pod;
-        if let Err(error) = self.datapath().detach_inbound(pod.cookie) {
+        if !self.frozen.get()
+            && let Err(error) = self.datapath().detach_inbound(pod.cookie)
+        {
             tracing::warn!(pod = %pod.name, error = %chain(&error), "cannot detach from a network namespace");
         }
         entry.stop.cancel();

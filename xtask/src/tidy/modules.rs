@@ -9,7 +9,7 @@ const LAYERS: [&[&str]; 10] = [
     &["state", "bpf", "admin", "disk"],
     &["tls", "policy", "enroll", "check"],
     &["identity", "plan", "cni"],
-    &["hbone", "local"],
+    &["hbone", "local", "takeover"],
     &["l4"],
     &["outcome"],
     &["inbound"],
