@@ -45,6 +45,32 @@ pub(super) fn counters(map: &PerCpuArray<MapData, u64>) -> Result<Vec<(Counter, 
         .collect()
 }
 
+/// Removes rows that were counted and that nothing adds to: of pods that are not captured any more, and of all whose
+/// connections have ended when the table is nearly full. Returns how many.
+pub(super) fn forget(
+    map: &Map,
+    counted: &[DirectStat],
+    is_captured: impl Fn(u64) -> io::Result<bool>,
+) -> io::Result<usize> {
+    let crowded = counted.len() > mesh_common::map::entries::DIRECT_STATS / 4 * 3;
+    let mut bytes = vec![0; map.value_size()];
+    let mut removed = 0;
+    for row in counted.iter().filter(|row| row.opened == row.closed) {
+        if !crowded && is_captured(row.src_cookie)? {
+            continue;
+        }
+        let kind = if row.local { flow::LOCAL } else { flow::DIRECT };
+        let key = key::Direct::new(row.src_cookie, row.vip.into(), row.backend.into(), u32::from(kind));
+        if map.lookup(key.bytes(), &mut bytes)?
+            && value::Direct::from_bytes(&bytes)
+                .is_some_and(|now| (now.opened, now.closed) == (row.opened, row.closed))
+        {
+            removed += usize::from(map.delete(key.bytes())?);
+        }
+    }
+    Ok(removed)
+}
+
 /// Every row. The walk may miss rows that appear meanwhile, and a row that vanishes ends it early only if it was the
 /// one just read; the next reading has them all.
 pub(super) fn direct_stats(map: &Map) -> io::Result<Vec<DirectStat>> {

@@ -389,6 +389,17 @@ impl Datapath {
         counters::direct_stats(&self.direct_stats).map_err(row_error(map::DIRECT_STATS))
     }
 
+    /// Removes rows of the statistics to which nothing is added any more, so that the table does not fill with pods that
+    /// are gone. `counted` is what [`Datapath::direct_stats`] gave and the caller has counted. Returns how many.
+    pub fn forget_direct_stats(&self, counted: &[DirectStat]) -> Result<usize, BpfError> {
+        let pods = &self.reconciler.maps().maps[Table::Pods.index()];
+        let is_captured = |cookie| {
+            let mut row = [0; size_of::<value::Pod>()];
+            pods.lookup(key::Netns::new(cookie).bytes(), &mut row)
+        };
+        counters::forget(&self.direct_stats, counted, is_captured).map_err(row_error(map::DIRECT_STATS))
+    }
+
     /// The reading end of the denials; `None` after the first call.
     pub fn take_events(&mut self) -> Option<DenyEvents> {
         self.events.take()

@@ -75,7 +75,12 @@ impl View {
     pub fn count_direct(&self) {
         let rows = self.datapath().direct_stats();
         match rows {
-            Ok(rows) => self.direct.count(&rows),
+            Ok(rows) => {
+                self.direct.count(&rows);
+                if let Err(error) = self.datapath().forget_direct_stats(&rows) {
+                    tracing::warn!(error = %chain(&error), "rows of direct connections stay in the kernel");
+                }
+            }
             Err(error) => tracing::warn!(error = %chain(&error), "direct connections cannot be counted"),
         }
     }

@@ -109,6 +109,13 @@ fn direct_bytes_are_counted_exactly() -> Result<()> {
         })?;
         assert_eq!((row.sent_bytes, row.received_bytes), (sent, received as u64), "{port}: {row:?}");
     }
+    // What was counted stays while its pod is captured, and no longer.
+    let counted = lab.datapath.direct_stats().map_err(chain)?;
+    assert_eq!((counted.len(), lab.datapath.forget_direct_stats(&counted).map_err(chain)?), (3, 0));
+    lab.intent.pods.clear();
+    lab.apply()?;
+    assert_eq!(lab.datapath.forget_direct_stats(&counted).map_err(chain)?, 3);
+    assert_eq!(lab.datapath.direct_stats().map_err(chain)?, []);
     lab.end()
 }
 
