@@ -56,7 +56,7 @@ pub(crate) fn run(dir: &Path, options: &NodeOptions, envoy: &Result<std::path::P
         let to = at(Ipv4Addr::LOCALHOST, PROXY_PORT);
         rows.extend(idle(&cluster, &Carrier { name, client, to, procs: [first, second] })?);
     }
-    Ok(with_ratios(rows))
+    Ok(with_ratios(&rows))
 }
 
 /// Resident memory in KiB once it has stopped changing.
@@ -107,7 +107,7 @@ fn idle(cluster: &Cluster, carrier: &Carrier<'_>) -> Result<Vec<Row>> {
 }
 
 /// Sets the mesh's rows against Envoy's.
-fn with_ratios(rows: Vec<Row>) -> Vec<Row> {
+fn with_ratios(rows: &[Row]) -> Vec<Row> {
     let value = |scenario: &str, metric: &str| {
         rows.iter().find(|r| r.scenario == scenario && r.metric == metric).and_then(|r| r.median)
     };
@@ -145,7 +145,7 @@ mod tests {
     #[test]
     fn the_mesh_is_set_against_envoy() {
         let row = |scenario: &str, value| Row::new(scenario, "idle", "KiB", &[Some(value)], None);
-        let rows = with_ratios(vec![row("mtls", 5.0), row("envoy", 10.0)]);
+        let rows = with_ratios(&[row("mtls", 5.0), row("envoy", 10.0)]);
         assert_eq!(rows[0].ratio, Some(0.5));
         assert_eq!(rows[1].ratio, None);
     }
