@@ -4,7 +4,7 @@ use crate::{
     balance,
     ctx::{self, ALLOW, Family, V4, V6},
     daemon, find,
-    maps::{self, DESTINATIONS, FRONTENDS, INBOUND, PODS, SOCKET_FLOW, Storage as _},
+    maps::{self, DESTINATIONS, FRONTENDS, INBOUND, PODS, SOCKET_FLOW, Storage as _, UDP_FLOWS},
     report::{self, count},
 };
 use aya_ebpf::{macros::cgroup_sock_addr, programs::SockAddrContext};
@@ -48,6 +48,12 @@ fn connect<F: Family>(ctx: &SockAddrContext) -> i32 {
     // One place for each end of the way: what is written here is in the program once.
     match route::<F>(ctx, cookie, pod, ip_proto, &dst) {
         Step::Go(outcome, target) => {
+            if ip_proto == proto::UDP {
+                // For user space, to which sock_diag shows no storage of UDP sockets. Whom it tells nothing loses
+                // nothing else.
+                let _: Result<(), i32> =
+                    UDP_FLOWS.insert(key::Udp::new(ctx::socket_cookie(ctx), *target), dst, 0);
+            }
             count(outcome);
             report::log_captured(ctx, config, ip_proto, &dst, target);
             ALLOW
@@ -55,6 +61,9 @@ fn connect<F: Family>(ctx: &SockAddrContext) -> i32 {
         Step::Pass(outcome) => {
             // A socket that dials again must not show what it dialled before.
             SOCKET_FLOW.clear(ctx::socket(ctx));
+            if ip_proto == proto::UDP {
+                let _: Result<(), i32> = UDP_FLOWS.remove(key::Udp::new(ctx::socket_cookie(ctx), dst));
+            }
             count(outcome);
             report::log_passed(ctx, config, ip_proto, &dst);
             ALLOW

@@ -73,6 +73,17 @@ pub struct RunArgs {
     /// Connections that one pod may have through this daemon at a time.
     #[arg(long, env = "NODEMESH_MAX_CONNECTIONS_PER_POD", default_value_t = 16_384)]
     pub max_connections_per_pod: usize,
+    /// Whether pods of this node that may talk to each other do so without the daemon in between, once it has said
+    /// yes to the first connection.
+    #[arg(
+        long,
+        env = "NODEMESH_SAME_NODE_FAST_PATH",
+        default_value_t = true,
+        num_args = 0..=1,
+        default_missing_value = "true",
+        action = clap::ArgAction::Set
+    )]
+    pub same_node_fast_path: bool,
     /// Requested lifetime of workload certificates, in seconds.
     #[arg(long, env = "NODEMESH_CERT_TTL_SECONDS", default_value_t = 86_400)]
     pub cert_ttl_seconds: u64,

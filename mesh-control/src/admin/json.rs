@@ -34,6 +34,7 @@ fn service(s: &Service) -> Value {
         "mode": format!("{:?}", s.load_balancing.mode),
         "unreadyToo": s.load_balancing.allow_unhealthy,
         "affinitySeconds": s.session_affinity.map(|a| a.timeout.as_secs()),
+        "algorithm": format!("{:?}", s.algorithm),
     })
 }
 

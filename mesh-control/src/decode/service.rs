@@ -6,7 +6,7 @@ use crate::{
     report::{FieldPath, Issue},
 };
 use k8s_openapi::{api::core::v1, apimachinery::pkg::util::intstr::IntOrString};
-use mesh_xds::model::{AppProtocol, Protocol};
+use mesh_xds::model::{AppProtocol, LbAlgorithm, Protocol};
 use std::{net::IpAddr, time::Duration};
 
 /// Kubernetes' default for `sessionAffinityConfig.clientIP.timeoutSeconds`.
@@ -14,6 +14,9 @@ const DEFAULT_AFFINITY: i32 = 10_800;
 /// The annotation of topology aware routing, and its older name.
 const TOPOLOGY_MODE: [&str; 2] =
     ["service.kubernetes.io/topology-mode", "service.kubernetes.io/topology-aware-hints"];
+
+/// Chooses the algorithm that picks among endpoints.
+const LOAD_BALANCER: &str = "nodemesh.io/load-balancer";
 
 pub(super) fn service(key: &ObjectKey, raw: v1::Service, issues: &mut Vec<Issue>) -> Option<Object> {
     let created = created(&raw.metadata);
@@ -38,6 +41,7 @@ pub(super) fn service(key: &ObjectKey, raw: v1::Service, issues: &mut Vec<Issue>
     let ports = ports(&spec, external_name, issues);
     let distribution = distribution(&spec, &annotations, issues);
     let affinity = affinity(&spec, issues);
+    let algorithm = algorithm(&annotations, issues);
     Some(Object::Service(Service {
         name: key.name.clone(),
         created,
@@ -45,6 +49,7 @@ pub(super) fn service(key: &ObjectKey, raw: v1::Service, issues: &mut Vec<Issue>
         ports,
         affinity,
         distribution,
+        algorithm,
         publish_not_ready: spec.publish_not_ready_addresses == Some(true),
         selector: spec.selector.unwrap_or_default(),
         external_name,
@@ -200,6 +205,22 @@ fn distribution(
     }
     let auto = |name: &str| annotations.get(name).is_some_and(|v| v.eq_ignore_ascii_case("auto"));
     if TOPOLOGY_MODE.iter().any(|name| auto(name)) { Distribution::PreferSameZone } else { Distribution::Any }
+}
+
+/// Without effect on what is reachable, so that an unknown value does not keep the service out.
+fn algorithm(annotations: &crate::object::Labels, issues: &mut Vec<Issue>) -> LbAlgorithm {
+    match annotations.get(LOAD_BALANCER).map(String::as_str) {
+        None | Some("random") => LbAlgorithm::Random,
+        Some("maglev") => LbAlgorithm::Maglev,
+        Some(other) => {
+            issues.push(Issue::warning(
+                FieldPath::from("metadata.annotations").key(LOAD_BALANCER),
+                format!("{other:?} is not a way to choose an endpoint, so it is done at random"),
+                "use maglev or random",
+            ));
+            LbAlgorithm::Random
+        }
+    }
 }
 
 fn affinity(spec: &v1::ServiceSpec, issues: &mut Vec<Issue>) -> Option<Duration> {

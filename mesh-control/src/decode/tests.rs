@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::object::{AuthorizationPolicy, Effect, MtlsMode, PolicyAction, PolicyTarget};
-use mesh_xds::model::{Clause, IpBlock, Match, Rule, StringMatch};
+use mesh_xds::model::{Clause, IpBlock, LbAlgorithm, Match, Rule, StringMatch};
 
 fn decode_text(yaml: &str) -> Decoded {
     decode(&serde_yaml_ng::from_str(yaml).unwrap())
@@ -231,6 +231,34 @@ fn every_mistake_names_its_field_and_remedy() {
             "{yaml}\nwanted {field}: {words}\ngot {:#?}",
             issues.iter().map(said).collect::<Vec<_>>()
         );
+    }
+}
+
+#[test]
+fn a_load_balancer_is_an_annotation_and_an_unknown_one_a_warning() {
+    let service = |value: &str| {
+        good(&format!(
+            "apiVersion: v1\nkind: Service\nmetadata: {{name: s, annotations: {{nodemesh.io/load-balancer: {value}}}}}\n\
+             spec: {{clusterIP: None}}"
+        ))
+    };
+    for (value, algorithm, warnings) in [
+        ("maglev", LbAlgorithm::Maglev, 0),
+        ("random", LbAlgorithm::Random, 0),
+        ("Maglev", LbAlgorithm::Random, 1),
+        ("round-robin", LbAlgorithm::Random, 1),
+    ] {
+        let (object, issues) = service(value);
+        let Object::Service(object) = object else { panic!("{object:?}") };
+        assert_eq!((object.algorithm, issues.len()), (algorithm, warnings), "{value}");
+        for issue in issues {
+            let text = said(&issue);
+            assert!(
+                text.starts_with("warning metadata.annotations[\"nodemesh.io/load-balancer\"]: "),
+                "{text}"
+            );
+            assert!(text.contains(value) && text.contains("use maglev or random"), "{text}");
+        }
     }
 }
 

@@ -39,6 +39,7 @@ impl Index {
             subject_alt_names: Vec::new(),
             load_balancing: load_balancing(object),
             session_affinity: object.affinity.map(|timeout| SessionAffinity { timeout }),
+            algorithm: object.algorithm,
         })
     }
 

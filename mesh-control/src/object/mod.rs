@@ -9,7 +9,7 @@ pub use policy::{
     AuthorizationPolicy, Effect, MtlsMode, PeerAuthentication, PolicyAction, PolicyTarget, Selector, has_all,
 };
 
-use mesh_xds::model::{AppProtocol, NamespacedName, Protocol};
+use mesh_xds::model::{AppProtocol, LbAlgorithm, NamespacedName, Protocol};
 use serde::{Serialize, Serializer};
 use std::{collections::BTreeMap, fmt, net::IpAddr, time::Duration};
 
@@ -231,6 +231,8 @@ pub struct Service {
     pub affinity: Option<Duration>,
     /// How far its traffic may go.
     pub distribution: Distribution,
+    /// How an endpoint is chosen.
+    pub algorithm: LbAlgorithm,
     /// Endpoints count even when they are not ready.
     pub publish_not_ready: bool,
     /// An alias for a DNS name: it has no endpoints.

@@ -33,6 +33,8 @@ pub struct DirectStat {
     pub retransmits: u64,
     /// Mean of the smoothed round-trip times at close, in microseconds; `None` before a connection closed.
     pub rtt_us: Option<u64>,
+    /// Sum of these times in microseconds, and of how many connections.
+    pub rtt_sum_us: (u64, u64),
 }
 
 /// The sums over all CPUs.
@@ -95,6 +97,7 @@ pub(super) fn direct_stats(map: &Map) -> io::Result<Vec<DirectStat>> {
                 received_bytes: value.received,
                 retransmits: value.retransmits,
                 rtt_us: value.rtt_us.checked_div(value.rtt_count),
+                rtt_sum_us: (value.rtt_us, value.rtt_count),
             });
         }
         next = map.next_key(Some(&raw))?;

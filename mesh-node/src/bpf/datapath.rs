@@ -200,6 +200,7 @@ impl Datapath {
         let direct_stats = other(map::DIRECT_STATS)?;
         let orig_dst = other(map::ORIG_DST)?;
         let client = other(map::CLIENT)?;
+        let (socket_flow, udp_flows) = (other(map::SOCKET_FLOW)?, other(map::UDP_FLOWS)?);
         let counters = PerCpuArray::try_from(Map::PerCpuArray(loaded.data(map::COUNTERS)?))
             .map_err(|source| map_error(map::COUNTERS, source))?;
         let events = RingBuf::try_from(Map::RingBuf(loaded.data(map::EVENTS)?))
@@ -231,7 +232,12 @@ impl Datapath {
             config,
             counters,
             direct_stats,
-            sockets: SocketMeta::new(Arc::new(orig_dst), Arc::new(client)),
+            sockets: SocketMeta::new(
+                Arc::new(orig_dst),
+                Arc::new(client),
+                Arc::new(socket_flow),
+                Arc::new(udp_flows),
+            ),
             daemons,
             heartbeat,
             verdicts,

@@ -34,5 +34,5 @@ pub use mesh_common::code::{Counter, DenyReason};
 pub use pins::{PinError, Unloaded, unload};
 pub use probe::{Feature, Features};
 pub use reconcile::{ReconcileError, Report};
-pub use sockmeta::{OriginalDst, SocketMeta};
+pub use sockmeta::{BalancedSocket, OriginalDst, SocketMeta};
 pub use verdicts::{LocalFlow, Verdicts};

@@ -8,10 +8,10 @@ mod hbone;
 mod permit;
 mod plain;
 
-pub use permit::{Denied, Permit};
+pub use permit::{Denied, POLICY_ON_ITS_WAY, Permit};
 
 use crate::{
-    bpf::SocketMeta,
+    bpf::{SocketMeta, Verdicts},
     drain::Drain,
     l4::{ByteCounters, CopyOutcome, Endpoint, Stop, TcpEnd, copy},
     local::{Buffered, LocalPod, SharedLocals},
@@ -38,6 +38,8 @@ pub struct Inbound {
     pub locals: SharedLocals,
     /// Metrics.
     pub metrics: Arc<Metrics>,
+    /// Knows the clients of connections that were on the fast path when their verdict ended.
+    pub verdicts: Option<Verdicts>,
     /// Announces the real client to the kernel.
     pub meta: SocketMeta,
     /// The end of the daemon.
@@ -89,6 +91,15 @@ impl Inbound {
     /// The workload behind a client's address.
     fn client_workload(&self, client: SocketAddr) -> Option<Arc<Workload>> {
         self.store.world().workload_by_addr(&client.ip()).cloned()
+    }
+
+    /// The captured pod of this node whose connection this is, if the kernel vouches for it: the verdict that let it go
+    /// without the daemon ended while its SYN was on the way.
+    fn local_client(&self, client: SocketAddr, server: SocketAddr) -> Option<Arc<LocalPod>> {
+        let flow = self.verdicts.as_ref()?.flow(client, server).ok()??;
+        // Both must say so: the address may have passed to another pod, the flow be left from the one before.
+        let locals = self.locals.load();
+        locals.by_addr(&client.ip()).filter(|pod| pod.cookie == flow.cookie).cloned()
     }
 
     /// The service with a host name, if the workload backs it: what a client says it dialled is only believed where

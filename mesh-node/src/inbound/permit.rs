@@ -8,8 +8,11 @@ use crate::{
     policy::{ConnMeta, DeniedBy, PolicySet, Verdict},
 };
 use mesh_xds::model::SpiffeId;
-use std::{net::SocketAddr, sync::Arc};
-use tokio::sync::watch;
+use std::{net::SocketAddr, sync::Arc, time::Duration};
+use tokio::{sync::watch, time::Instant};
+
+/// How long live connections outlast that a policy is named and not there: the two come one after the other.
+pub const POLICY_ON_ITS_WAY: Duration = Duration::from_secs(2);
 
 /// The right to forward one connection to one pod.
 #[derive(Debug)]
@@ -20,6 +23,8 @@ pub struct Permit {
     pub to: SocketAddr,
     /// The client's address, as the application will see it.
     pub client: SocketAddr,
+    /// Whether the answer holds for every connection of this client to this port, until the policies change.
+    pub lasting: bool,
     conn: ConnMeta,
     policies: watch::Receiver<Arc<PolicySet>>,
 }
@@ -32,6 +37,8 @@ pub struct Denied {
     pub by: String,
     /// The connection came in plaintext, and that alone was the reason.
     pub plaintext: bool,
+    /// A policy is named that is not there yet. Nobody new is let in, but what is established may wait for it.
+    pub unsettled: bool,
 }
 
 impl Permit {
@@ -51,19 +58,34 @@ impl Permit {
         let mut policies = pod.policies.subscribe();
         let set = policies.borrow_and_update().clone();
         verdict(&conn, &set)?;
-        Ok(Self { pod: pod.clone(), to, client, conn, policies })
+        Ok(Self { pod: pod.clone(), to, client, lasting: !set.asks_for_source_address(), conn, policies })
     }
 
     /// Resolves when a policy change forbids the connection, and never otherwise.
     pub async fn revoked(&mut self) -> Denied {
+        let mut unsettled: Option<(Instant, Denied)> = None;
         loop {
-            if self.policies.changed().await.is_err() {
+            let changed = self.policies.changed();
+            let changed = match &unsettled {
+                None => changed.await,
+                Some((until, denied)) => match tokio::time::timeout_at(*until, changed).await {
+                    Ok(changed) => changed,
+                    Err(_) => return denied.clone(),
+                },
+            };
+            if changed.is_err() {
                 // Not possible while `pod` is held; an un-enrolled pod keeps its established connections.
                 std::future::pending::<()>().await;
             }
             let set = self.policies.borrow_and_update().clone();
-            if let Err(denied) = verdict(&self.conn, &set) {
-                return denied;
+            match verdict(&self.conn, &set) {
+                Ok(()) => unsettled = None,
+                Err(denied) if denied.unsettled => {
+                    let until =
+                        unsettled.map_or_else(|| Instant::now() + POLICY_ON_ITS_WAY, |(until, _)| until);
+                    unsettled = Some((until, denied));
+                }
+                Err(denied) => return denied,
             }
         }
     }
@@ -72,8 +94,10 @@ impl Permit {
 fn verdict(conn: &ConnMeta, set: &PolicySet) -> Result<(), Denied> {
     match set.check(conn) {
         Verdict::Allow { .. } => Ok(()),
-        Verdict::Deny { by } => {
-            Err(Denied { by: by.to_string(), plaintext: matches!(by, DeniedBy::Strict(_)) })
-        }
+        Verdict::Deny { by } => Err(Denied {
+            by: by.to_string(),
+            plaintext: matches!(by, DeniedBy::Strict(_)),
+            unsettled: matches!(by, DeniedBy::MissingPolicy(_)),
+        }),
     }
 }

@@ -1,4 +1,7 @@
 //! Plaintext connections that sk_lookup steered to podIP:15006.
+//!
+//! Also connections between pods of this node that the kernel had begun to carry when their verdict ended: they have no
+//! TLS either, but the kernel knows their client.
 
 use super::{Inbound, Permit, leads_back};
 use crate::{
@@ -55,7 +58,13 @@ impl Inbound {
                 return refuse(&stream, "UO", "overloaded", text);
             }
         };
-        let permit = match Permit::check(&pod, None, client, to) {
+        let source = self.local_client(client, to);
+        if let Some(source) = &source {
+            record.ends.security = Security::NodeLocal;
+            record.ends.source_id = Some(source.identity.clone());
+            record.ends.destination_id = Some(pod.identity.clone());
+        }
+        let permit = match Permit::check(&pod, record.ends.source_id.as_ref(), client, to) {
             Ok(permit) => permit,
             Err(denied) => {
                 let reason = if denied.plaintext { "plaintext_under_strict" } else { "denied" };

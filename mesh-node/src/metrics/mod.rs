@@ -8,9 +8,11 @@
 //! Deliberately absent: HTTP (`admin` serves the text), and any label whose values a peer can choose. Every
 //! family here has either labels from fixed sets or, for TCP, a limit on its series.
 
+mod fastpath;
 mod sampled;
 pub mod tcp;
 
+pub use fastpath::FastPath;
 pub use sampled::Sample;
 pub use tcp::{Reporter, Security, ServiceLabels, TcpLabels, TcpSeries, WorkloadLabels};
 
@@ -90,6 +92,8 @@ pub struct Metrics {
     reconcile_operations: Counter,
     reconcile_seconds: Histogram,
     xds_resources: Family<Resource, Counter>,
+    /// In-kernel connections.
+    pub fast_path: FastPath,
 }
 
 impl fmt::Debug for Metrics {
@@ -126,6 +130,7 @@ impl Metrics {
             reconcile_operations: Counter::default(),
             reconcile_seconds,
             xds_resources: Family::default(),
+            fast_path: FastPath::default(),
             registry: Mutex::default(),
         };
         let r = &mut registry;
@@ -139,6 +144,7 @@ impl Metrics {
         r.register("nodemesh_reconcile_seconds", help, m.reconcile_seconds.clone());
         let help = "xDS resources received, by what became of them";
         r.register("nodemesh_xds_resources", help, m.xds_resources.clone());
+        m.fast_path.register(r);
         Self { registry: Mutex::new(registry), ..m }
     }
 

@@ -159,13 +159,17 @@ impl EncodeLabelSet for TcpLabels {
     }
 }
 
-/// The four counters of one label set.
+/// The counters of one label set.
 #[derive(Debug)]
 pub struct TcpSeries {
     opened: AtomicU64,
     closed: AtomicU64,
     sent: AtomicU64,
     received: AtomicU64,
+    /// Of connections that the kernel carries alone.
+    retransmits: AtomicU64,
+    rtt_us: AtomicU64,
+    rtt_count: AtomicU64,
     /// Seconds since the registry was made at which somebody last asked for the series.
     used: AtomicU64,
 }
@@ -173,7 +177,16 @@ pub struct TcpSeries {
 impl TcpSeries {
     fn new(now: u64) -> Self {
         let zero = || AtomicU64::new(0);
-        Self { opened: zero(), closed: zero(), sent: zero(), received: zero(), used: AtomicU64::new(now) }
+        Self {
+            opened: zero(),
+            closed: zero(),
+            sent: zero(),
+            received: zero(),
+            retransmits: zero(),
+            rtt_us: zero(),
+            rtt_count: zero(),
+            used: AtomicU64::new(now),
+        }
     }
 
     /// Adds what the kernel counted of direct connections.
@@ -181,6 +194,14 @@ impl TcpSeries {
         self.opened.fetch_add(opened, Relaxed);
         self.closed.fetch_add(closed, Relaxed);
         self.bytes(sent, received);
+    }
+
+    /// Adds what the kernel measured of direct connections that have closed: segments sent again by the client, and the
+    /// sum of round-trip times with their number.
+    pub fn add_direct(&self, retransmits: u64, rtt_us: u64, rtt_count: u64) {
+        self.retransmits.fetch_add(retransmits, Relaxed);
+        self.rtt_us.fetch_add(rtt_us, Relaxed);
+        self.rtt_count.fetch_add(rtt_count, Relaxed);
     }
 
     /// Counts an opened connection.
@@ -291,6 +312,26 @@ impl Collector for TcpMetrics {
         for (name, help, pick) in families {
             let mut family = encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
             for (labels, series) in &series {
+                let value = pick(series).load(Relaxed);
+                family.encode_family(*labels)?.encode_counter::<NoLabelSet, _, u64>(&value, None)?;
+            }
+        }
+        let direct: [(&str, &str, Pick); 3] = [
+            (
+                "nodemesh_direct_retransmits",
+                "Segments that clients of in-kernel connections sent again",
+                |s| &s.retransmits,
+            ),
+            ("nodemesh_direct_rtt_microseconds", "Sum of round-trip times of in-kernel connections", |s| {
+                &s.rtt_us
+            }),
+            ("nodemesh_direct_rtt_samples", "How many connections are in the sum of round-trip times", |s| {
+                &s.rtt_count
+            }),
+        ];
+        for (name, help, pick) in direct {
+            let mut family = encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
+            for (labels, series) in series.iter().filter(|(_, s)| s.rtt_count.load(Relaxed) > 0) {
                 let value = pick(series).load(Relaxed);
                 family.encode_family(*labels)?.encode_counter::<NoLabelSet, _, u64>(&value, None)?;
             }

@@ -4,7 +4,7 @@
 //! - [`ns`]: a handle on a network namespace, and running a closure inside it
 //! - [`socket`]: listening and dialling inside a namespace
 //! - [`links`]: the addresses that a namespace has
-//! - [`diag`]: the TCP listeners that a namespace already has
+//! - [`diag`]: the sockets that a namespace has, and their end
 //! - [`unix`]: Unix sockets for root only
 //! - [`fdpass`]: messages with a file descriptor over a Unix socket
 //!

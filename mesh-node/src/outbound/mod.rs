@@ -1,15 +1,15 @@
 //! Connections of local pods that the kernel redirected to the daemon.
 //!
 //! Accept, original destination, plan (pure), dial, copy, one record. A destination that cannot be reached is replaced
-//! by another endpoint of the same service as long as nothing was forwarded. Deliberately absent: policy (it is the
-//! receiving side's) and L7.
+//! by another endpoint of the same service as long as nothing was forwarded. A yes for a pod of this node is told to the
+//! kernel, which carries the next connections by itself. Deliberately absent: policy (it is the receiving side's) and L7.
 
 mod affinity;
 
 pub use affinity::Affinity;
 
 use crate::{
-    bpf::SocketMeta,
+    bpf::{SocketMeta, Verdicts},
     drain::Drain,
     hbone::{
         Baggage, Connect, Dialer, Forwarded, HboneError, HboneStream, Pool, PoolKey, Target as HboneTarget,
@@ -54,6 +54,8 @@ pub struct Outbound {
     pub metrics: Arc<Metrics>,
     /// Reads original destinations.
     pub meta: SocketMeta,
+    /// Where verdicts for the same-node fast path go; `None` switches it off.
+    pub verdicts: Option<Verdicts>,
     /// Session affinity.
     pub affinity: Arc<Affinity>,
     /// For destinations on this node.
@@ -196,14 +198,15 @@ impl Outbound {
     ) -> Result<Upstream, OutboundError> {
         use std::os::fd::AsFd;
         let dst = match self.meta.original_dst(stream.as_fd()) {
-            Ok(Some(found)) => found.dialled,
+            Ok(Some(found)) => found,
             Ok(None) => return Err(OutboundError::NoOriginalDestination(None)),
             Err(error) => return Err(OutboundError::NoOriginalDestination(Some(error))),
         };
+        let (dst, chosen) = (dst.dialled, dst.chosen);
         record.ends.server = Some(dst);
         let mut failed = vec![];
         loop {
-            let target = self.plan(pod, dst, &failed)?;
+            let target = self.plan(pod, dst, chosen, &failed)?;
             record.ends.server = Some(target.addr);
             record.ends.service.clone_from(&target.service);
             record.ends.destination.clone_from(&target.workload);
@@ -219,13 +222,20 @@ impl Outbound {
         }
     }
 
-    fn plan(&self, pod: &LocalPod, dst: SocketAddr, excluded: &[SocketAddr]) -> Result<Target, PlanError> {
+    fn plan(
+        &self,
+        pod: &LocalPod,
+        dst: SocketAddr,
+        chosen: Option<SocketAddr>,
+        excluded: &[SocketAddr],
+    ) -> Result<Target, PlanError> {
         let (world, node, locals) = (self.store.world(), self.node.load(), self.locals.load());
         let input = PlanInput {
             world: &world,
             node: &node,
             dst,
             is_local: &|ip| locals.by_addr(ip).is_some(),
+            chosen,
             excluded,
         };
         let now = Instant::now();
@@ -249,7 +259,7 @@ impl Outbound {
                 let dialled = dial.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()));
                 dialled.map(Upstream::Plain).map_err(|source| OutboundError::Dial { to: target.addr, source })
             }
-            Plan::Local { .. } => self.reach_local(record, client, target).await,
+            Plan::Local { .. } => self.reach_local(record, pod, client, target).await,
             Plan::Hbone { addr, identities, workload } => {
                 record.ends.security = Security::MutualTls;
                 record.ends.destination_id = workload.identity().ok();
@@ -266,9 +276,12 @@ impl Outbound {
     async fn reach_local(
         &self,
         record: &mut Connection,
+        pod: &LocalPod,
         client: SocketAddr,
         target: &Target,
     ) -> Result<Upstream, OutboundError> {
+        // Read before anything that the verdict follows from: a change after this ends the verdict.
+        let generation = self.verdicts.as_ref().map(|verdicts| (verdicts, verdicts.generation()));
         let unreachable = |source| OutboundError::Dial { to: target.addr, source };
         let destination = self.locals.load().by_addr(&target.addr.ip()).cloned();
         let Some(destination) = destination else {
@@ -293,6 +306,20 @@ impl Outbound {
             }
         };
         theirs.opened();
+        if let Some((verdicts, generation)) = generation
+            && may_go_without_us(&permit)
+            // One that drains may not know the latest policies.
+            && !self.drain.begin.is_cancelled()
+        {
+            let told = generation.and_then(|generation| verdicts.allow(pod.cookie, target.addr, generation));
+            match told {
+                Ok(()) => {
+                    self.metrics.fast_path.given.inc();
+                }
+                // The next connection comes to the daemon as well.
+                Err(error) => tracing::warn!(%error, "the kernel did not take a verdict"),
+            }
+        }
         Ok(Upstream::Local(server, permit, Box::new(theirs)))
     }
 
@@ -357,6 +384,12 @@ impl Outbound {
         };
         (end, outcome.received, outcome.sent)
     }
+}
+
+/// Whether the kernel may carry the client's next connections to the same port by itself. What has to be looked at per
+/// connection or per request must be excluded here, and nowhere else.
+fn may_go_without_us(permit: &Permit) -> bool {
+    permit.lasting
 }
 
 /// The address to dial from: the one that the client itself used, unless the families differ.

@@ -71,25 +71,58 @@ pub fn endpoints(
     vip: &IpAddr,
 ) -> Vec<Endpoint> {
     let key = service.key();
-    let ready = world.members(&key).filter(|w| {
-        (service.load_balancing.allow_unhealthy || w.health == Health::Healthy) && w.network == node.network
-    });
+    let ready = world.members(&key).filter(|w| usable(node, service, w));
     let all = ready.filter_map(|w| {
-        let membership = w.services.get(&key)?;
-        let ports = match port.protocol {
-            Protocol::Tcp => &membership.tcp,
-            Protocol::Udp => &membership.udp,
-        };
-        let target =
-            ports.iter().find(|p| p.service_port == port.port).map_or(port.target_port, |p| p.target_port);
         let ip = w.addresses.iter().find(|a| a.is_ipv4() == vip.is_ipv4())?;
-        (target != 0).then(|| Endpoint {
+        Some(Endpoint {
             workload: w.clone(),
-            addr: SocketAddr::new(*ip, target),
+            addr: SocketAddr::new(*ip, target_port(w, &key, port)?),
             weight: w.weight.max(1),
         })
     });
     prefer(node, service, all.collect())
+}
+
+/// The endpoint that the kernel chose, if it is one that may still be picked. Constant time: the kernel chose among
+/// the best group, which is not looked at again.
+pub(super) fn confirm(
+    world: &World,
+    node: &NodeView,
+    service: &Service,
+    port: &ServicePort,
+    chosen: SocketAddr,
+) -> Option<Endpoint> {
+    let key = service.key();
+    let behind = world.workloads_at(&chosen.ip()).iter().rev();
+    let mut found = behind.filter(|w| usable(node, service, w));
+    found.find(|w| target_port(w, &key, port) == Some(chosen.port())).map(|w| Endpoint {
+        workload: w.clone(),
+        addr: chosen,
+        weight: w.weight.max(1),
+    })
+}
+
+/// Whether an endpoint still belongs to a service port, ready or not.
+pub fn still_backs(world: &World, service: &Service, port: &ServicePort, endpoint: SocketAddr) -> bool {
+    let key = service.key();
+    let behind = world.workloads_at(&endpoint.ip());
+    behind.iter().any(|w| target_port(w, &key, port) == Some(endpoint.port()))
+}
+
+fn usable(node: &NodeView, service: &Service, w: &Workload) -> bool {
+    (service.load_balancing.allow_unhealthy || w.health == Health::Healthy) && w.network == node.network
+}
+
+/// The port of a workload that a service port leads to, if the workload backs the service there.
+fn target_port(w: &Workload, service_key: &str, port: &ServicePort) -> Option<u16> {
+    let membership = w.services.get(service_key)?;
+    let ports = match port.protocol {
+        Protocol::Tcp => &membership.tcp,
+        Protocol::Udp => &membership.udp,
+    };
+    let target =
+        ports.iter().find(|p| p.service_port == port.port).map_or(port.target_port, |p| p.target_port);
+    (target != 0).then_some(target)
 }
 
 fn prefer(node: &NodeView, service: &Service, all: Vec<Endpoint>) -> Vec<Endpoint> {

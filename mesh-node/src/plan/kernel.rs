@@ -1,15 +1,15 @@
 //! What the kernel should hold: every service port with its verdict and endpoints, every mesh pod's address.
 
-use super::{NodeView, endpoints};
+use super::{NodeView, Plaintext, endpoints};
 use crate::{
     bpf::{Away, Backend, Balancing, CapturedPod, DenyReason, Destination, Frontend, Intent, Verdict},
     state::World,
 };
-use mesh_xds::model::{Protocol, Service, ServicePort};
+use mesh_xds::model::{LbAlgorithm, Protocol, Service, ServicePort};
 use std::net::IpAddr;
 
-/// Computes the intent. Pure: equal inputs give equal intents, in the same order.
-pub fn intent(world: &World, node: &NodeView, pods: Vec<CapturedPod>) -> Intent {
+/// Computes the intent. Pure: equal inputs give equal intents, in the same order; `plaintext` only remembers.
+pub fn intent(world: &World, node: &NodeView, pods: Vec<CapturedPod>, plaintext: &mut Plaintext) -> Intent {
     let mut services: Vec<_> = world.services().collect();
     services.sort_by_cached_key(|s| s.key());
     let mut frontends = vec![];
@@ -19,7 +19,7 @@ pub fn intent(world: &World, node: &NodeView, pods: Vec<CapturedPod>) -> Intent 
                 // A virtual address claimed twice belongs to the service that user space would find.
                 let owner = world.service_port(&address.ip, port.port, port.protocol);
                 if owner.is_some_and(|o| o.service.key() == service.key()) {
-                    frontends.push(frontend(world, node, service, port, address.ip));
+                    frontends.push(frontend(world, node, service, port, address.ip, plaintext));
                 }
             }
         }
@@ -27,15 +27,30 @@ pub fn intent(world: &World, node: &NodeView, pods: Vec<CapturedPod>) -> Intent 
     let mut destinations: Vec<Destination> = world
         .workloads()
         .filter(|w| w.in_mesh() && !w.host_network && w.network == node.network)
-        .flat_map(|w| &w.addresses)
-        .map(|addr| Destination { addr: *addr, verdict: Verdict::Proxy, away: Away::Deny })
+        .flat_map(|w| {
+            // One row stands for all ports of the pod.
+            let away = away(plaintext.every_port(world, w));
+            w.addresses.iter().map(move |addr| Destination { addr: *addr, verdict: Verdict::Proxy, away })
+        })
         .collect();
-    destinations.sort_by_key(|d| d.addr);
+    // Of two pods that claim an address for a moment the stricter one counts.
+    destinations.sort_by_key(|d| (d.addr, d.away == Away::Direct));
     destinations.dedup_by_key(|d| d.addr);
     Intent { frontends, destinations, pods }
 }
 
-fn frontend(world: &World, node: &NodeView, service: &Service, port: &ServicePort, vip: IpAddr) -> Frontend {
+fn away(takes_plaintext: bool) -> Away {
+    if takes_plaintext { Away::Direct } else { Away::Deny }
+}
+
+fn frontend(
+    world: &World,
+    node: &NodeView,
+    service: &Service,
+    port: &ServicePort,
+    vip: IpAddr,
+    plaintext: &mut Plaintext,
+) -> Frontend {
     let chosen = endpoints(world, node, service, port, &vip);
     // Only a service none of whose endpoints is in the mesh needs no proxy; UDP is balanced in the kernel alone.
     let proxied = port.protocol == Protocol::Tcp && chosen.iter().any(|e| e.workload.in_mesh());
@@ -50,13 +65,17 @@ fn frontend(world: &World, node: &NodeView, service: &Service, port: &ServicePor
         }
         Verdict::Deny(_) => vec![],
     };
+    let open = proxied && chosen.iter().all(|e| plaintext.port(world, &e.workload, e.addr.port()));
     Frontend {
         addr: vip,
         port: port.port,
         proto: port.protocol,
         verdict,
-        away: Away::Deny,
-        balancing: Balancing::Random,
+        away: away(open),
+        balancing: match service.algorithm {
+            LbAlgorithm::Random => Balancing::Random,
+            LbAlgorithm::Maglev => Balancing::Maglev,
+        },
         affinity: service.session_affinity.map(|a| a.timeout),
         backends,
     }
@@ -69,7 +88,10 @@ mod tests {
         Batch, Store,
         testing::{backs, pod, service},
     };
-    use mesh_xds::model::{Health, TargetPort, TunnelProtocol, Workload};
+    use mesh_xds::model::{
+        Action, Authorization, Clause, Health, Match, NamespacedName, Rule, Scope, StringMatch, TargetPort,
+        TunnelProtocol, Workload,
+    };
     use std::sync::Arc;
 
     fn outside(mut w: Workload) -> Workload {
@@ -79,7 +101,7 @@ mod tests {
 
     fn verdicts(world: &Arc<World>) -> Vec<(String, u16, Verdict, usize)> {
         let node = NodeView { name: "n1".into(), ..NodeView::default() };
-        let found = intent(world, &node, vec![]);
+        let found = intent(world, &node, vec![], &mut Plaintext::default());
         found.frontends.iter().map(|f| (f.addr.to_string(), f.port, f.verdict, f.backends.len())).collect()
     }
 
@@ -110,6 +132,49 @@ mod tests {
     }
 
     #[test]
+    fn without_the_daemon_only_what_takes_plaintext_is_reached() {
+        let open = service("open", "shop", "10.96.0.1", &[(80, 8080)]);
+        let mut mixed = service("mixed", "shop", "10.96.0.2", &[(80, 8080), (81, 8081)]);
+        mixed.algorithm = LbAlgorithm::Maglev;
+        let mut strict = backs(pod("b", "shop", "10.0.1.2"), &mixed);
+        strict.policies = vec!["shop/no-plaintext".into()];
+        let stranger = Match {
+            not_principals: vec![StringMatch::Presence],
+            destination_ports: vec![8080],
+            ..Match::default()
+        };
+        let policy = Authorization {
+            name: NamespacedName::new("shop", "no-plaintext"),
+            scope: Scope::WorkloadSelector,
+            action: Action::Deny,
+            rules: vec![Rule { clauses: vec![Clause { matches: vec![stranger] }] }],
+        };
+        let workloads = vec![
+            backs(pod("a", "shop", "10.0.1.1"), &open),
+            strict,
+            outside(backs(pod("c", "legacy", "10.0.1.3"), &mixed)),
+        ];
+        let batch =
+            Batch { workloads, services: vec![open, mixed], policies: vec![policy], ..Batch::default() };
+        let world = Store::default().stage(batch).complete;
+        let node = NodeView { name: "n1".into(), ..NodeView::default() };
+        let found = intent(&world, &node, vec![], &mut Plaintext::default());
+        let frontends: Vec<_> =
+            found.frontends.iter().map(|f| (f.addr.to_string(), f.port, f.away, f.balancing)).collect();
+        let of = |vip: &str| -> Vec<_> { frontends.iter().filter(|f| f.0 == vip).cloned().collect() };
+        assert_eq!(of("10.96.0.1"), [("10.96.0.1".into(), 80, Away::Direct, Balancing::Random)]);
+        assert_eq!(
+            of("10.96.0.2"),
+            [
+                ("10.96.0.2".into(), 80, Away::Deny, Balancing::Maglev),
+                ("10.96.0.2".into(), 81, Away::Direct, Balancing::Maglev)
+            ]
+        );
+        let destinations: Vec<_> = found.destinations.iter().map(|d| (d.addr.to_string(), d.away)).collect();
+        assert_eq!(destinations, [("10.0.1.1".into(), Away::Direct), ("10.0.1.2".into(), Away::Deny)]);
+    }
+
+    #[test]
     fn udp_is_balanced_in_the_kernel_even_for_mesh_pods() {
         let mut dns = service("dns", "shop", "10.96.0.9", &[(53, 5353)]);
         dns.ports[0].protocol = Protocol::Udp;
@@ -129,7 +194,8 @@ mod tests {
         host.host_network = true;
         let workloads = vec![pod("a", "shop", "10.0.1.1"), outside(pod("b", "shop", "10.0.1.2")), host];
         let world = Store::default().stage(Batch { workloads, ..Batch::default() }).complete;
-        let found = intent(&world, &NodeView { name: "n1".into(), ..NodeView::default() }, vec![]);
+        let node = NodeView { name: "n1".into(), ..NodeView::default() };
+        let found = intent(&world, &node, vec![], &mut Plaintext::default());
         let addrs: Vec<String> = found.destinations.iter().map(|d| d.addr.to_string()).collect();
         assert_eq!(addrs, ["10.0.1.1"]);
     }

@@ -6,7 +6,9 @@
 mod endpoints;
 mod kernel;
 mod outbound;
+mod plaintext;
 
-pub use endpoints::{Endpoint, NodeView, endpoints};
+pub use endpoints::{Endpoint, NodeView, endpoints, still_backs};
 pub use kernel::intent;
 pub use outbound::{HBONE_PORT, Plan, PlanError, PlanInput, Target, outbound};
+pub use plaintext::Plaintext;

@@ -1,6 +1,6 @@
 //! What an outbound connection of a local pod leads to. Decides everything and dials nothing.
 
-use super::{Endpoint, NodeView, endpoints};
+use super::{Endpoint, NodeView, endpoints, endpoints::confirm};
 use crate::state::World;
 use mesh_xds::model::{Protocol, Service, SpiffeError, SpiffeId, Workload};
 use std::{
@@ -22,6 +22,8 @@ pub struct PlanInput<'a> {
     pub dst: SocketAddr,
     /// Whether an address is a pod's that this daemon captured.
     pub is_local: &'a dyn Fn(&IpAddr) -> bool,
+    /// The endpoint that the kernel chose for it, if it did.
+    pub chosen: Option<SocketAddr>,
     /// Endpoints that failed for this connection already.
     pub excluded: &'a [SocketAddr],
 }
@@ -88,7 +90,7 @@ pub enum PlanError {
     },
 }
 
-/// Decides about one connection. `pick` chooses among endpoints (never called with none) and returns an index;
+/// Decides about one connection. The kernel's choice of an endpoint stands if it is still one; else `pick` chooses among endpoints (never called with none) and returns an index;
 /// it gets the service so that it can honour session affinity.
 pub fn outbound(
     input: &PlanInput<'_>,
@@ -96,6 +98,12 @@ pub fn outbound(
 ) -> Result<Target, PlanError> {
     let dst = input.dst;
     if let Some(found) = input.world.service_port(&dst.ip(), dst.port(), Protocol::Tcp) {
+        let chosen = input.chosen.filter(|addr| !input.excluded.contains(addr));
+        let confirmed =
+            chosen.and_then(|addr| confirm(input.world, input.node, &found.service, &found.port, addr));
+        if let Some(endpoint) = confirmed {
+            return to_workload(input, endpoint.addr, endpoint.workload, Some(found.service));
+        }
         let mut all = endpoints(input.world, input.node, &found.service, &found.port, &dst.ip());
         if all.iter().any(|e| !input.excluded.contains(&e.addr)) {
             all.retain(|e| !input.excluded.contains(&e.addr));
@@ -168,6 +176,15 @@ mod tests {
     }
 
     fn decide(dst: &str, excluded: &[SocketAddr], index: usize) -> Result<Target, PlanError> {
+        decide_with(dst, None, excluded, index)
+    }
+
+    fn decide_with(
+        dst: &str,
+        chosen: Option<&str>,
+        excluded: &[SocketAddr],
+        index: usize,
+    ) -> Result<Target, PlanError> {
         let (world, node) = (world(), NodeView { name: "n1".into(), ..NodeView::default() });
         let is_local = |ip: &IpAddr| *ip == "10.0.1.1".parse::<IpAddr>().unwrap();
         let input = PlanInput {
@@ -175,6 +192,7 @@ mod tests {
             node: &node,
             dst: dst.parse().unwrap(),
             is_local: &is_local,
+            chosen: chosen.map(|c| c.parse().unwrap()),
             excluded,
         };
         outbound(&input, |_, _| index)
@@ -190,6 +208,21 @@ mod tests {
         assert_eq!(addr.to_string(), "10.0.2.1:15008");
         let names: Vec<String> = identities.iter().map(ToString::to_string).collect();
         assert_eq!(names, ["spiffe://cluster.local/ns/shop/sa/b", "spiffe://cluster.local/ns/shop/sa/extra"]);
+    }
+
+    #[test]
+    fn the_kernels_choice_stands_while_it_is_an_endpoint_of_that_port() {
+        let to = |chosen, excluded: &[SocketAddr]| {
+            decide_with("10.96.0.1:80", Some(chosen), excluded, 0).unwrap().addr.to_string()
+        };
+        assert_eq!(to("10.0.2.1:8080", &[]), "10.0.2.1:8080");
+        for stale in ["10.0.2.1:81", "10.0.1.3:8080", "10.0.1.9:8080", "10.0.77.1:8080", "[fd00::1]:8080"] {
+            assert_eq!(to(stale, &[]), "10.0.1.1:8080", "{stale} is not one");
+        }
+        let failed = "10.0.2.1:8080".parse().unwrap();
+        assert_eq!(to("10.0.2.1:8080", &[failed]), "10.0.1.1:8080", "it was tried");
+        // Unready: nothing is chosen although the address is right.
+        assert!(decide_with("10.96.0.3:80", Some("10.0.1.3:8080"), &[], 0).is_err());
     }
 
     #[test]

@@ -146,6 +146,28 @@ impl PolicySet {
         set
     }
 
+    /// Whether the answer may depend on the client's address: one and the same client may come from several.
+    pub fn asks_for_source_address(&self) -> bool {
+        let matches = |entry: &Entry| {
+            let clauses = entry.policy.rules.iter().flat_map(|rule| &rule.clauses);
+            let mut all = clauses.flat_map(|clause| &clause.matches);
+            all.any(|m| !m.source_ips.is_empty() || !m.not_source_ips.is_empty())
+        };
+        self.deny.iter().chain(&self.allow).any(matches)
+    }
+
+    /// Whether another set gives the same answer to every connection, as far as equal policies tell.
+    pub fn same(&self, other: &Self) -> bool {
+        let equal = |a: &[Entry], b: &[Entry]| {
+            let same = |(a, b): (&Entry, &Entry)| Arc::ptr_eq(&a.policy, &b.policy) || a.policy == b.policy;
+            a.len() == b.len() && a.iter().zip(b).all(same)
+        };
+        self.trust_domain == other.trust_domain
+            && self.missing == other.missing
+            && equal(&self.deny, &other.deny)
+            && equal(&self.allow, &other.allow)
+    }
+
     /// How many policies are in it.
     pub fn len(&self) -> usize {
         self.deny.len() + self.allow.len()

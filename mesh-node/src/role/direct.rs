@@ -1,4 +1,7 @@
-//! Direct in-kernel connections in the metrics: the kernel counts them, here they get their labels.
+//! In-kernel connections in the metrics: the kernel counts them, here they get their labels.
+//!
+//! Those to a backend outside of the mesh have the client's side only; those between two pods of this node both sides, as
+//! through the daemon.
 
 use crate::{
     bpf::DirectStat,
@@ -17,13 +20,16 @@ use std::{
 /// Source, dialled address, backend, and whether a verdict stood in for the daemon.
 type Key = (u64, SocketAddr, SocketAddr, bool);
 
+/// Opened, closed, sent, received, retransmits, round-trip times and their number.
+type Totals = [u64; 7];
+
 /// Turns the kernel's running totals into increments of the TCP series.
 pub struct DirectMetrics {
     store: Arc<Store>,
     locals: SharedLocals,
     metrics: Arc<Metrics>,
     /// The totals that were counted already. As large as the kernel's table at most: rows that left it are dropped.
-    counted: Mutex<HashMap<Key, [u64; 4]>>,
+    counted: Mutex<HashMap<Key, Totals>>,
 }
 
 impl DirectMetrics {
@@ -34,10 +40,8 @@ impl DirectMetrics {
 
     /// Takes what is in the table as counted already.
     pub fn skip(&self, rows: &[DirectStat]) {
-        let totals = |row: &DirectStat| [row.opened, row.closed, row.sent_bytes, row.received_bytes];
         let mut counted = self.counted.lock().unwrap_or_else(PoisonError::into_inner);
-        counted
-            .extend(rows.iter().map(|row| ((row.src_cookie, row.vip, row.backend, row.local), totals(row))));
+        counted.extend(rows.iter().map(|row| (key(row), totals(row))));
     }
 
     /// Counts what has come since the last call. `rows` is the whole table.
@@ -46,8 +50,7 @@ impl DirectMetrics {
         let mut counted = self.counted.lock().unwrap_or_else(PoisonError::into_inner);
         let mut now = HashMap::with_capacity(rows.len());
         for row in rows {
-            let key = (row.src_cookie, row.vip, row.backend, row.local);
-            let totals = [row.opened, row.closed, row.sent_bytes, row.received_bytes];
+            let (key, totals) = (key(row), totals(row));
             let before = counted.get(&key).copied().unwrap_or_default();
             now.insert(key, totals);
             // A smaller total is a row that the kernel evicted and began anew.
@@ -57,21 +60,36 @@ impl DirectMetrics {
                 continue;
             }
             let source = locals.by_cookie(row.src_cookie);
+            let local = row.local.then(|| locals.by_addr(&row.backend.ip())).flatten();
             let found = world.service_port(&row.vip.ip(), row.vip.port(), Protocol::Tcp);
             let ends = Ends {
                 source: source.and_then(|pod| world.workload_by_pod(&pod.name)).cloned(),
                 source_id: source.map(|pod| pod.identity.clone()),
                 destination: world.workload_by_addr(&row.backend.ip()).cloned(),
                 service: found.map(|f| f.service),
-                security: Security::None,
+                destination_id: local.map(|pod| pod.identity.clone()),
+                security: if row.local { Security::NodeLocal } else { Security::None },
                 ..Ends::default()
             };
-            // The client's bytes are what the destination received.
-            let series = self.metrics.tcp(&ends.labels(Reporter::Source, "-"));
-            series.add(delta(0), delta(1), delta(3), delta(2));
+            let sides = [Reporter::Source, Reporter::Destination];
+            for side in &sides[..if row.local { 2 } else { 1 }] {
+                // The client's bytes are what the destination received.
+                let series = self.metrics.tcp(&ends.labels(*side, "-"));
+                series.add(delta(0), delta(1), delta(3), delta(2));
+                series.add_direct(delta(4), delta(5), delta(6));
+            }
         }
         *counted = now;
     }
+}
+
+fn key(row: &DirectStat) -> Key {
+    (row.src_cookie, row.vip, row.backend, row.local)
+}
+
+fn totals(row: &DirectStat) -> Totals {
+    let (rtt, samples) = row.rtt_sum_us;
+    [row.opened, row.closed, row.sent_bytes, row.received_bytes, row.retransmits, rtt, samples]
 }
 
 #[cfg(test)]
@@ -95,6 +113,7 @@ mod tests {
             received_bytes: 0,
             retransmits: 0,
             rtt_us: None,
+            rtt_sum_us: (0, 0),
         };
         for rows in [[row(3, 100)], [row(5, 150)], [row(5, 150)], [row(1, 10)]] {
             direct.count(&rows);

@@ -1,6 +1,8 @@
 //! What a process of this crate does as a whole: the node daemon. Wiring only.
 
+pub mod backends;
 pub mod direct;
+pub mod flows;
 pub mod handover;
 pub mod heartbeat;
 pub mod kept;

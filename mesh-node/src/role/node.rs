@@ -1,7 +1,9 @@
 //! The node daemon: puts the parts together, runs until SIGTERM, and takes them apart.
 
 use super::{
+    backends::Backends,
     direct::DirectMetrics,
+    flows::LocalFlows,
     handover::{self, CniServer, Outgoing},
     heartbeat::Heartbeat,
     kept::{self, ConfigSource, KeptConfig},
@@ -42,7 +44,7 @@ use anyhow::Context;
 use arc_swap::ArcSwap;
 use mesh_xds::grpc::AdsClient;
 use std::{
-    cell::Cell,
+    cell::{Cell, RefCell},
     collections::HashMap,
     net::{IpAddr, Ipv4Addr},
     os::fd::{AsFd as _, OwnedFd},
@@ -100,7 +102,7 @@ async fn serve(config: Config, log: LogFilter) -> anyhow::Result<()> {
     let mut datapath = load(&config, succession.as_mut())?;
     let (events, logs) = (datapath.take_events(), datapath.take_logs());
     let (heart, pulse, adopted) = (datapath.heartbeat(), datapath.pulse(), datapath.adopted());
-    let meta = datapath.sockets();
+    let (meta, verdicts) = (datapath.sockets(), datapath.verdicts());
     let datapath = Arc::new(Mutex::new(datapath));
     if let Some(logs) = logs {
         tokio::spawn(logs);
@@ -126,13 +128,15 @@ async fn serve(config: Config, log: LogFilter) -> anyhow::Result<()> {
         metrics: metrics.clone(),
         meta: meta.clone(),
         drain: drain.clone(),
+        verdicts: Some(verdicts.clone()),
     };
     let outbound = Outbound {
         store: store.clone(),
         locals: locals.clone(),
         node: node.clone(),
         metrics: metrics.clone(),
-        meta,
+        meta: meta.clone(),
+        verdicts: config.args.same_node_fast_path.then(|| verdicts.clone()),
         affinity: Arc::new(Affinity::default()),
         inbound: inbound.clone(),
         drain: drain.clone(),
@@ -160,6 +164,9 @@ async fn serve(config: Config, log: LogFilter) -> anyhow::Result<()> {
         pulse: pulse.clone(),
         limits: limits.clone(),
         frozen: Cell::default(),
+        flows: RefCell::new(LocalFlows::new(verdicts, metrics.clone())),
+        backends: Backends { meta, metrics: metrics.clone() },
+        plaintext: RefCell::default(),
     };
     let reconciler =
         std::thread::Builder::new().name("reconcile".into()).spawn(move || reconcile.run(&queue))?;

@@ -4,7 +4,11 @@
 //! is brought in step with the final state, removals are published. A kernel that refuses is asked again every second;
 //! the last good state stays, and readiness says so. Deliberately absent: xDS, CNI and admin; they send commands.
 
-use super::listeners::{Handlers, Kind, Listening};
+use super::{
+    backends::{Backends, Gone},
+    flows::LocalFlows,
+    listeners::{Handlers, Kind, Listening},
+};
 use crate::{
     bpf::{BpfError, CapturedPod, Datapath, Intent, ops::Table},
     enroll::{CaptureError, LocalPod as NewPod},
@@ -12,7 +16,7 @@ use crate::{
     local::{LocalPod, Locals, NodeLimits, SharedLocals},
     metrics::Metrics,
     outcome::chain,
-    plan::{NodeView, intent},
+    plan::{NodeView, Plaintext, intent},
     policy::PolicySet,
     pulse::Pulse,
     state::{Batch, Store, World},
@@ -20,7 +24,7 @@ use crate::{
 use arc_swap::ArcSwap;
 use mesh_xds::model::{NamespacedName, Workload};
 use std::{
-    cell::Cell,
+    cell::{Cell, RefCell},
     collections::BTreeMap,
     os::fd::AsFd,
     sync::{
@@ -107,6 +111,12 @@ pub struct Reconcile {
     pub limits: Arc<NodeLimits>,
     /// Whether a successor changes the kernel's state, and this thread must not.
     pub frozen: Cell<bool>,
+    /// Connections between pods of this node that the kernel carries.
+    pub flows: RefCell<LocalFlows>,
+    /// Connections to backends.
+    pub backends: Backends,
+    /// Which ports take plaintext.
+    pub plaintext: RefCell<Plaintext>,
 }
 
 /// A captured pod's parts that only this thread needs.
@@ -127,6 +137,8 @@ impl Reconcile {
         let (mut audited, mut listed) = (Instant::now(), Instant::now());
         // Certificates are fetched by tasks of this runtime.
         let _runtime = self.runtime.enter();
+        // What a predecessor said yes to is asked again.
+        self.verdicts_end(&self.locals.load());
         loop {
             self.pulse.tick();
             match commands.recv_timeout(RETRY) {
@@ -146,6 +158,9 @@ impl Reconcile {
                 Err(mpsc::RecvTimeoutError::Disconnected) => break,
             }
             let _busy = self.pulse.busy();
+            if !self.frozen.get() {
+                self.flows.borrow_mut().tick(&self.locals.load());
+            }
             if listed.elapsed() >= LISTENERS {
                 self.sync_listeners(&captured);
                 listed = Instant::now();
@@ -205,6 +220,7 @@ impl Reconcile {
                     if let Err(error) = self.datapath().forget() {
                         tracing::error!(error = %chain(&error), "cannot see what the successor left behind");
                     }
+                    self.verdicts_end(&self.locals.load());
                     good &= self.bring_in_step(&self.store.world(), captured);
                 }
                 Command::Retire(done) => {
@@ -223,16 +239,46 @@ impl Reconcile {
 
     fn configure(&self, batch: Batch, captured: &mut BTreeMap<u64, Captured>) -> bool {
         let policies = batch.touches_policies();
+        let (before, changed) = (self.store.world(), batch.changed_addresses());
         let staged = self.store.stage(batch);
         self.store.publish(staged.additions.clone());
         self.node.store(Arc::new(NodeView::of(&staged.complete, &self.node_name)));
         // Policies before anything else that a batch brings: a pod must not serve a moment without its new ones.
+        let mut verdicts = false;
         for pod in captured.values_mut() {
-            pod.refresh(&staged.complete, policies);
+            verdicts |= pod.refresh(&staged.complete, policies);
         }
+        if verdicts {
+            self.verdicts_end(&self.locals.load());
+        }
+        let (replaced, gone) = Gone::of(&before, &changed, &staged.complete);
+        self.end_sockets(&replaced, &before, &staged.complete);
         let good = self.bring_in_step(&staged.complete, captured);
+        self.end_sockets(&gone, &before, &staged.complete);
         self.store.publish(staged.complete);
         good
+    }
+
+    /// Policies or captured pods have changed; `before` is how the latter were.
+    fn verdicts_end(&self, before: &Locals) {
+        if self.frozen.get() {
+            // The successor judges.
+            return;
+        }
+        self.flows.borrow_mut().changed(before, &self.locals.load());
+    }
+
+    fn end_sockets(&self, gone: &Gone, before: &World, complete: &World) {
+        if self.frozen.get() || gone.is_empty() {
+            return;
+        }
+        let rows = || {
+            self.datapath().direct_stats().unwrap_or_else(|error| {
+                tracing::warn!(error = %chain(&error), "nobody can tell which sockets go to a backend that is gone");
+                vec![]
+            })
+        };
+        self.backends.end(gone, &self.locals.load(), before, complete, rows);
     }
 
     /// Makes the kernel hold what follows from `world` and the captured pods.
@@ -273,7 +319,8 @@ impl Reconcile {
     }
 
     fn intent(&self, world: &World, captured: &BTreeMap<u64, Captured>) -> Intent {
-        intent(world, &self.node.load(), captured.values().map(Captured::desired).collect())
+        let pods = captured.values().map(Captured::desired).collect();
+        intent(world, &self.node.load(), pods, &mut self.plaintext.borrow_mut())
     }
 
     fn capture(&self, new: NewPod, captured: &mut BTreeMap<u64, Captured>) -> Result<(), CaptureError> {
@@ -312,6 +359,7 @@ impl Reconcile {
             Ok(()) => {
                 tracing::info!(pod = %pod.name, cookie, identity = %pod.identity, "captured");
                 captured.insert(cookie, entry);
+                self.backends.end_stale(&pod, &world);
                 Ok(())
             }
             Err(error) => {
@@ -349,7 +397,8 @@ impl Reconcile {
         }
         let mut all: Vec<CapturedPod> = captured.values().map(Captured::desired).collect();
         all.push(entry.desired());
-        let intent = intent(&self.store.world(), &self.node.load(), all);
+        let plaintext = &mut self.plaintext.borrow_mut();
+        let intent = intent(&self.store.world(), &self.node.load(), all, plaintext);
         self.datapath().apply(&intent).map_err(failed)?;
         let listening = pod.netns.tcp_listeners().map_err(|e| CaptureError::Datapath(e.into()))?;
         let mut datapath = self.datapath();
@@ -412,9 +461,11 @@ impl Reconcile {
     }
 
     fn update_locals(&self, change: impl FnOnce(&mut Locals)) {
-        let mut locals = Locals::clone(&self.locals.load());
+        let before = self.locals.load_full();
+        let mut locals = Locals::clone(&before);
         change(&mut locals);
         self.locals.store(Arc::new(locals));
+        self.verdicts_end(&before);
     }
 
     fn datapath(&self) -> std::sync::MutexGuard<'_, Datapath> {
@@ -436,14 +487,18 @@ impl Captured {
     }
 
     /// Takes over what the world now says about the pod's policies. A pod that the world does not know any more keeps
-    /// its last policies until it is released.
-    fn refresh(&mut self, world: &World, policies_changed: bool) {
+    /// its last policies until it is released. Whether they differ from those of before.
+    fn refresh(&mut self, world: &World, policies_changed: bool) -> bool {
         let workload = world.workload_by_pod(&self.pod.name).unwrap_or(&self.workload).clone();
         if !policies_changed && Arc::ptr_eq(&workload, &self.workload) {
-            return;
+            return false;
         }
         let set = PolicySet::for_workload(&workload, world.policies());
-        self.pod.policies.send_replace(Arc::new(set));
+        let same = set.same(&self.pod.policies.borrow());
+        if !same {
+            self.pod.policies.send_replace(Arc::new(set));
+        }
         self.workload = workload;
+        !same
     }
 }

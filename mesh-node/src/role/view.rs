@@ -254,6 +254,7 @@ impl AdminState for View {
                     "appProtocol": format!("{:?}", p.app_protocol),
                 })).collect::<Vec<_>>(),
                 "affinitySeconds": s.session_affinity.map(|a| a.timeout.as_secs()),
+                "algorithm": format!("{:?}", s.algorithm),
                 "endpoints": world.members(&s.key()).map(|w| w.uid.clone()).collect::<Vec<_>>(),
             })
         });

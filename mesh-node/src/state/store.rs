@@ -45,6 +45,11 @@ impl Batch {
         self.removed_policies.extend(later.removed_policies);
     }
 
+    /// Resource names of the workloads that change or go.
+    pub fn changed_addresses(&self) -> Vec<String> {
+        self.workloads.iter().map(|w| &w.uid).chain(&self.removed_addresses).cloned().collect()
+    }
+
     /// Whether policies change.
     pub fn touches_policies(&self) -> bool {
         !self.policies.is_empty() || !self.removed_policies.is_empty()

@@ -50,6 +50,7 @@ pub(crate) fn service(name: &str, namespace: &str, vip: &str, ports: &[(u16, u16
         subject_alt_names: vec![],
         load_balancing: LoadBalancing::default(),
         session_affinity: None,
+        algorithm: Default::default(),
     }
 }
 

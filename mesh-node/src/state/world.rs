@@ -15,6 +15,7 @@ pub struct World {
     workloads: Map<Arc<str>, Arc<Workload>>,
     services: Map<Arc<str>, Arc<Service>>,
     policies: Map<Arc<str>, Arc<Authorization>>,
+    policy_changes: u64,
     /// Several workloads may share an address (host-network pods; a reused address before the removal arrives);
     /// the newest is last.
     by_address: Map<IpAddr, Vec<Arc<Workload>>>,
@@ -48,6 +49,11 @@ impl World {
     pub fn workload_by_addr(&self, addr: &IpAddr) -> Option<&Arc<Workload>> {
         let all = self.by_address.get(addr)?;
         all.iter().rev().find(|w| !w.host_network).or_else(|| all.last())
+    }
+
+    /// Everything behind an address, in no order.
+    pub fn workloads_at(&self, addr: &IpAddr) -> &[Arc<Workload>] {
+        self.by_address.get(addr).map_or(&[], Vec::as_slice)
     }
 
     /// The workload of a pod.
@@ -87,6 +93,11 @@ impl World {
     /// The policy with a key (`NAMESPACE/NAME`).
     pub fn policy(&self, key: &str) -> Option<&Arc<Authorization>> {
         self.policies.get(key)
+    }
+
+    /// The generation in which a policy last changed: worlds with the same number have the same policies.
+    pub fn policy_changes(&self) -> u64 {
+        self.policy_changes
     }
 
     /// All workloads, in no order.
@@ -159,10 +170,12 @@ impl World {
     }
 
     pub(super) fn upsert_policy(&mut self, policy: Arc<Authorization>) {
+        self.policy_changes = self.generation;
         self.policies.insert(policy.key().into(), policy);
     }
 
     pub(super) fn remove_policy(&mut self, key: &str) -> bool {
+        self.policy_changes = self.generation;
         self.policies.remove(key).is_some()
     }
 }

@@ -5,8 +5,8 @@ use super::{
     port, required,
 };
 use crate::model::{
-    AppProtocol, LbMode, LbScope, LoadBalancing, NamespacedName, Protocol, Service, ServiceAddress,
-    ServicePort, SessionAffinity,
+    AppProtocol, LbAlgorithm, LbMode, LbScope, LoadBalancing, NamespacedName, Protocol, Service,
+    ServiceAddress, ServicePort, SessionAffinity,
 };
 use crate::wire::workload::load_balancing as lb;
 use crate::wire::{nodemesh as ext, workload as pb};
@@ -31,6 +31,11 @@ pub fn encode_service(s: &Service) -> pb::Service {
             seconds: i64::try_from(a.timeout.as_secs()).unwrap_or(i64::MAX),
             nanos: a.timeout.subsec_nanos().cast_signed(),
         }),
+        load_balancer: match s.algorithm {
+            LbAlgorithm::Random => ext::LoadBalancer::Random,
+            LbAlgorithm::Maglev => ext::LoadBalancer::Maglev,
+        }
+        .into(),
     };
     let extensions = if ours == ext::ServiceExtension::default() {
         Vec::new()
@@ -155,6 +160,15 @@ pub(super) fn from_wire(
             Duration::try_from(d).map(|timeout| SessionAffinity { timeout }).map_err(|_| bad())
         })
         .transpose()?;
+    let algorithm = match ext::LoadBalancer::try_from(ours.load_balancer) {
+        Ok(ext::LoadBalancer::Random) => LbAlgorithm::Random,
+        Ok(ext::LoadBalancer::Maglev) => LbAlgorithm::Maglev,
+        Err(_) => {
+            let value = ours.load_balancer;
+            notes.push(Note::UnknownValue { field: "nodemesh.load_balancer", value, read_as: "RANDOM" });
+            LbAlgorithm::Random
+        }
+    };
     Ok(Service {
         name: NamespacedName { namespace, name },
         hostname,
@@ -163,6 +177,7 @@ pub(super) fn from_wire(
         subject_alt_names: s.subject_alt_names,
         load_balancing: s.load_balancing.map(|l| load_balancing(&l, notes)).unwrap_or_default(),
         session_affinity,
+        algorithm,
     })
 }
 

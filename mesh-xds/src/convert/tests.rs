@@ -111,15 +111,23 @@ fn service() -> impl Strategy<Value = Service> {
         lb,
         affinity,
         prop::collection::vec(text(), 0..2),
+        any::<bool>(),
     )
-        .prop_map(|(n, ns, addresses, ports, load_balancing, affinity, subject_alt_names)| Service {
-            hostname: format!("{n}.{ns}.svc.cluster.local"),
-            name: NamespacedName::new(ns, n),
-            addresses: addresses.into_iter().map(|(network, ip)| ServiceAddress { network, ip }).collect(),
-            ports,
-            subject_alt_names,
-            load_balancing,
-            session_affinity: affinity.map(|(s, n)| SessionAffinity { timeout: Duration::new(s.into(), n) }),
+        .prop_map(|(n, ns, addresses, ports, load_balancing, affinity, subject_alt_names, maglev)| {
+            Service {
+                hostname: format!("{n}.{ns}.svc.cluster.local"),
+                name: NamespacedName::new(ns, n),
+                addresses: addresses
+                    .into_iter()
+                    .map(|(network, ip)| ServiceAddress { network, ip })
+                    .collect(),
+                ports,
+                subject_alt_names,
+                load_balancing,
+                session_affinity: affinity
+                    .map(|(s, n)| SessionAffinity { timeout: Duration::new(s.into(), n) }),
+                algorithm: if maglev { LbAlgorithm::Maglev } else { LbAlgorithm::Random },
+            }
         })
 }
 
@@ -350,6 +358,13 @@ fn unknown_values_that_are_harmless_are_read_safely_and_noted() {
     let s = pb::Service {
         load_balancing: Some(lb),
         waypoint: Some(pb::GatewayAddress::default()),
+        extensions: vec![pb::Extension {
+            name: EXTENSION_NAME.to_owned(),
+            config: Some(pack(
+                SERVICE_EXTENSION_TYPE,
+                &ext::ServiceExtension { load_balancer: 9, ..Default::default() },
+            )),
+        }],
         ..good_service()
     };
     let got = decode_address("shop/cart.shop", &address(pb::address::Type::Service(s))).unwrap();
@@ -359,8 +374,8 @@ fn unknown_values_that_are_harmless_are_read_safely_and_noted() {
         mode: LbMode::Any,
         allow_unhealthy: false,
     };
-    assert_eq!(s.load_balancing, want);
-    assert_eq!(got.notes.len(), 4, "{:?}", got.notes);
+    assert_eq!((s.load_balancing, s.algorithm), (want, LbAlgorithm::Random));
+    assert_eq!(got.notes.len(), 5, "{:?}", got.notes);
 }
 
 #[test]

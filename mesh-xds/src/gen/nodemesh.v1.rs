@@ -8,6 +8,9 @@ pub struct ServiceExtension {
     /// ClientIP session affinity; absent when off.
     #[prost(message, optional, tag = "2")]
     pub session_affinity_timeout: ::core::option::Option<::prost_types::Duration>,
+    /// How one of the endpoints is chosen.
+    #[prost(enumeration = "LoadBalancer", tag = "3")]
+    pub load_balancer: i32,
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct ServicePort {
@@ -57,6 +60,34 @@ pub struct Rejection {
     pub name: ::prost::alloc::string::String,
     #[prost(string, tag = "2")]
     pub reason: ::prost::alloc::string::String,
+}
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
+#[repr(i32)]
+pub enum LoadBalancer {
+    /// At random, by weight.
+    Random = 0,
+    /// By consistent hashing of the client's address.
+    Maglev = 1,
+}
+impl LoadBalancer {
+    /// String value of the enum field names used in the ProtoBuf definition.
+    ///
+    /// The values are not transformed in any way and thus are considered stable
+    /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+    pub fn as_str_name(&self) -> &'static str {
+        match self {
+            Self::Random => "RANDOM",
+            Self::Maglev => "MAGLEV",
+        }
+    }
+    /// Creates an enum from field names used in the ProtoBuf definition.
+    pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+        match value {
+            "RANDOM" => Some(Self::Random),
+            "MAGLEV" => Some(Self::Maglev),
+            _ => None,
+        }
+    }
 }
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
 #[repr(i32)]

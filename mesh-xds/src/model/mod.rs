@@ -13,7 +13,7 @@ mod workload;
 pub use authorization::{Action, Authorization, Clause, IpBlock, Match, Rule, Scope, StringMatch};
 pub use identity::{SpiffeError, SpiffeId};
 pub use service::{
-    AppProtocol, LbMode, LbScope, LoadBalancing, Protocol, Service, ServiceAddress, ServicePort,
+    AppProtocol, LbAlgorithm, LbMode, LbScope, LoadBalancing, Protocol, Service, ServiceAddress, ServicePort,
     SessionAffinity,
 };
 pub use workload::{Health, Locality, ServiceMembership, TargetPort, TunnelProtocol, Workload, WorkloadKind};

@@ -82,6 +82,16 @@ pub enum LbMode {
     Failover,
 }
 
+/// How one of the endpoints that may be used is chosen.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum LbAlgorithm {
+    /// At random, by weight.
+    #[default]
+    Random,
+    /// By consistent hashing of the client's address (Maglev): few clients move when endpoints come and go.
+    Maglev,
+}
+
 /// Locality preference of a service.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct LoadBalancing {
@@ -117,6 +127,8 @@ pub struct Service {
     pub load_balancing: LoadBalancing,
     /// ClientIP affinity, if asked for.
     pub session_affinity: Option<SessionAffinity>,
+    /// How an endpoint is chosen.
+    pub algorithm: LbAlgorithm,
 }
 
 impl Service {

@@ -2,6 +2,7 @@
 //! (`cargo xtask test --only e2e`).
 
 mod away;
+mod backends;
 mod bytes;
 mod capture;
 mod chaos;
@@ -13,6 +14,7 @@ mod outcomes;
 mod peers;
 mod policy;
 mod resilience;
+mod samenode;
 mod scale;
 mod support;
 mod upgrade;

@@ -60,6 +60,49 @@ pub(crate) fn assert_right(what: &str, report: &ConnectsReport, n: u64) {
     assert!(report.all_right(n), "{what}: {report:#?}");
 }
 
+/// A connection that `pod-app hold` keeps busy.
+pub(crate) struct Held {
+    proc: mesh_tests::proc::Proc,
+    alive: PathBuf,
+}
+
+impl Held {
+    /// Opens it and waits for the first answer. `args` are those of `pod-app hold` without `--while`.
+    pub(crate) fn open(cluster: &Cluster, client: &str, name: &str, args: &str) -> Result<Self> {
+        let alive = cluster.run.dir().join(format!("{name}.alive"));
+        std::fs::write(&alive, "")?;
+        let command = format!("hold {args} --while {}", alive.display());
+        let words: Vec<&str> = command.split(' ').collect();
+        let log = cluster.run.dir().join(format!("{name}.log"));
+        let program = mesh_tests::proc::binary("pod-app")?;
+        let mut proc = cluster.pod(client)?.place().spawn(name, &program, &words, &log)?;
+        proc.until(&format!("{name} to be open"), PROPAGATION, |proc| Ok(proc.log().contains("open")))?;
+        Ok(Self { proc: proc.quiet(), alive })
+    }
+
+    /// Waits until it was broken off, and returns what the client said.
+    pub(crate) fn broken(&mut self, what: &str) -> Result<String> {
+        wait::until_true(what, PROPAGATION, || Ok(self.proc.ended()?.is_some()))?;
+        let status = self.proc.ended()?;
+        anyhow::ensure!(!status.is_some_and(|s| s.success()), "{what}: it ended by itself");
+        Ok(self.proc.log())
+    }
+
+    /// Ends it; fails if it had not been all right up to now.
+    pub(crate) fn finish(mut self, what: &str) -> Result<()> {
+        std::fs::remove_file(&self.alive)?;
+        wait::until_true(what, PROPAGATION, || Ok(self.proc.ended()?.is_some()))?;
+        let status = self.proc.ended()?;
+        anyhow::ensure!(status.is_some_and(|s| s.success()), "{what}: {}", self.proc.log());
+        Ok(())
+    }
+
+    /// Whether it goes on.
+    pub(crate) fn lives(&mut self) -> Result<bool> {
+        Ok(self.proc.ended()?.is_none())
+    }
+}
+
 /// Growth of a counter between two scrapes.
 pub(crate) fn growth(before: &Scrape, after: &Scrape, name: &str, labels: &[(&str, &str)]) -> f64 {
     after.sum(name, labels) - before.sum(name, labels)

@@ -356,3 +356,36 @@ fn strictness_agrees_with_the_verdicts() {
         }
     }
 }
+
+#[test]
+fn equal_policies_make_the_same_set_and_others_do_not() {
+    let allow = |port| {
+        policy(
+            "a",
+            Action::Allow,
+            vec![rule(vec![Match { destination_ports: vec![port], ..Match::default() }])],
+        )
+    };
+    let one = set(&[allow(80)]);
+    assert!(one.same(&set(&[allow(80)])), "equal, though sent again");
+    for other in [set(&[]), set(&[allow(81)]), set(&[allow(80), policy("b", Action::Allow, vec![])])] {
+        assert!(!one.same(&other) && !other.same(&one), "{other:?}");
+    }
+    assert!(!one.same(&PolicySet::of("other.td", [allow(80)])));
+    let missing = PolicySet { missing: Some("shop/p".into()), ..set(&[allow(80)]) };
+    assert!(!one.same(&missing));
+}
+
+#[test]
+fn only_source_addresses_make_an_answer_depend_on_the_connection() {
+    let block = IpBlock { address: "10.0.0.0".parse().unwrap(), prefix_len: 8 };
+    let asks = |m: Match| {
+        let behind = rule(vec![Match { destination_ports: vec![80], ..Match::default() }]);
+        set(&[policy("p", Action::Deny, vec![behind, rule(vec![m])])]).asks_for_source_address()
+    };
+    assert!(asks(Match { source_ips: vec![block], ..Match::default() }));
+    assert!(asks(Match { not_source_ips: vec![block], ..Match::default() }));
+    assert!(!asks(Match { destination_ips: vec![block], ..Match::default() }));
+    assert!(!asks(Match { namespaces: exact("shop"), principals: exact("x"), ..Match::default() }));
+    assert!(!set(&[]).asks_for_source_address());
+}

@@ -284,8 +284,11 @@ pub(crate) fn dial(args: &Dial) -> Result<String> {
     }
 }
 
-/// `pod-app hold`.
+/// `pod-app hold`. Says `open` on standard error after the first exchange.
 pub(crate) fn hold(args: &Hold) -> Result<HoldReport> {
+    if args.udp {
+        return hold_udp(args);
+    }
     let timeout = Some(Duration::from_secs(args.timeout));
     let stream = TcpStream::connect(args.to).context("connect")?;
     stream.set_read_timeout(timeout)?;
@@ -298,6 +301,9 @@ pub(crate) fn hold(args: &Hold) -> Result<HoldReport> {
         let mut back = String::new();
         lines.read_line(&mut back).with_context(|| format!("read line {}", report.lines))?;
         ensure!(back == sent, "sent {sent:?} and got {back:?}");
+        if report.lines == 0 {
+            eprintln!("open");
+        }
         report.lines += 1;
         thread::sleep(Duration::from_millis(5));
     }
@@ -305,6 +311,29 @@ pub(crate) fn hold(args: &Hold) -> Result<HoldReport> {
     let mut rest = String::new();
     lines.read_to_string(&mut rest).context("read the end")?;
     ensure!(rest == "bye\n", "the end was {rest:?}");
+    Ok(report)
+}
+
+fn hold_udp(args: &Hold) -> Result<HoldReport> {
+    let any: SocketAddr = if args.to.is_ipv4() { ([0; 4], 0).into() } else { ([0u16; 8], 0).into() };
+    let socket = UdpSocket::bind(any)?;
+    socket.connect(args.to).context("connect")?;
+    socket.set_read_timeout(Some(Duration::from_secs(args.timeout)))?;
+    let mut report = HoldReport::default();
+    let mut buffer = [0; 2048];
+    while args.file.exists() {
+        let sent = format!("{}-{}", report.lines, std::process::id());
+        socket.send(sent.as_bytes()).with_context(|| format!("send datagram {}", report.lines))?;
+        let n = socket.recv(&mut buffer).with_context(|| format!("receive datagram {}", report.lines))?;
+        let back = String::from_utf8_lossy(&buffer[..n]);
+        let who = Who::parse(&back).with_context(|| format!("the answer was {back:?}"))?;
+        ensure!(who.payload == sent, "sent {sent:?} and got {back:?}");
+        if report.lines == 0 {
+            eprintln!("open");
+        }
+        report.lines += 1;
+        thread::sleep(Duration::from_millis(5));
+    }
     Ok(report)
 }
 

@@ -32,7 +32,7 @@ pub(crate) enum Command {
     Bulk(Bulk),
     /// Open one connection, send one line or nothing, print what comes back.
     Dial(Dial),
-    /// Keep one connection to an `echo` server busy for as long as a file exists, and verify each line.
+    /// Keep one connection to an `echo` server (UDP: to a `who` server) busy for as long as a file exists, and verify each line.
     Hold(Hold),
 }
 
@@ -189,6 +189,9 @@ pub(crate) struct Hold {
     /// The address to dial.
     #[arg(long)]
     pub(crate) to: SocketAddr,
+    /// A connected UDP socket in place of a TCP connection.
+    #[arg(long)]
+    pub(crate) udp: bool,
     /// The file.
     #[arg(long = "while")]
     pub(crate) file: std::path::PathBuf,
