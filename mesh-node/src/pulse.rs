@@ -39,6 +39,14 @@ impl Default for Pulse {
 }
 
 impl Pulse {
+    /// One that has been silent for too long.
+    #[cfg(test)]
+    pub(crate) fn hanging() -> Self {
+        now();
+        std::thread::sleep(Duration::from_millis(5));
+        Self(Arc::new(State { last: 0.into(), limit: 1.into() }))
+    }
+
     /// The thread is alive.
     pub fn tick(&self) {
         self.0.last.store(now(), Relaxed);

@@ -316,7 +316,7 @@ impl Datapath {
     /// Ends the inbound capture of a network namespace; established connections stay. No error if there was none.
     pub fn detach_inbound(&mut self, cookie: u64) -> Result<(), BpfError> {
         if self.inbound_links.remove(&cookie) {
-            pins::remove_file(&self.pins.current().join(pins::inbound(cookie)))?;
+            pins::remove_link(&self.pins.current().join(pins::inbound(cookie)))?;
         }
         Ok(())
     }

@@ -4,6 +4,7 @@
 //! them (`load`); one with others pins into a staging folder and takes the place of the old pins only when everything is
 //! attached. One process at a time has the folder, by a lock; at a takeover the lock itself is handed over.
 
+use super::sys;
 use mesh_common::{ABI_VERSION, map};
 use nix::{
     mount::{MsFlags, mount},
@@ -180,7 +181,7 @@ impl Pins {
 
     /// Lets a predecessor's inbound link to a network namespace go.
     pub(super) fn let_go(&self, cookie: u64) -> Result<(), PinError> {
-        remove_file(&self.held().join(inbound(cookie)))
+        remove_link(&self.held().join(inbound(cookie)))
     }
 
     /// Lets all inbound links of predecessors go; whether there were any.
@@ -253,7 +254,7 @@ pub fn unload(base: &Path) -> Result<Unloaded, PinError> {
                 link.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(INBOUND.as_bytes()));
             gone.inbound += usize::from(inbound);
             gone.programs += usize::from(!inbound);
-            remove_file(link)?;
+            remove_link(link)?;
         }
         gone.maps += maps.len();
         remove(&folder)?;
@@ -262,6 +263,15 @@ pub fn unload(base: &Path) -> Result<Unloaded, PinError> {
     // Not empty means that somebody else keeps something there.
     drop(fs::remove_dir(base));
     Ok(gone)
+}
+
+/// Removes the pin of a link. When this returns the link is gone: the kernel detaches at once when a descriptor closes,
+/// and some time later when a pin goes.
+pub(super) fn remove_link(path: &Path) -> Result<(), PinError> {
+    let link = sys::obj_get(path);
+    remove_file(path)?;
+    drop(link);
+    Ok(())
 }
 
 pub(super) fn remove_file(path: &Path) -> Result<(), PinError> {

@@ -71,7 +71,23 @@ impl Heartbeat {
     }
 }
 
-fn beat(heart: &Heart, threads: &[(String, Pulse)], last: &Mutex<Instant>, ended: &mpsc::Receiver<End>) {
+/// What is written to; the kernel, but for tests.
+trait Beat {
+    fn beat(&self) -> io::Result<()>;
+    fn end(&self) -> io::Result<()>;
+}
+
+impl Beat for Heart {
+    fn beat(&self) -> io::Result<()> {
+        Heart::beat(self)
+    }
+
+    fn end(&self) -> io::Result<()> {
+        Heart::end(self)
+    }
+}
+
+fn beat(heart: &impl Beat, threads: &[(String, Pulse)], last: &Mutex<Instant>, ended: &mpsc::Receiver<End>) {
     let mut good = true;
     loop {
         let hung = threads.iter().find_map(|(name, pulse)| Some((name, pulse.hung()?)));
@@ -102,5 +118,51 @@ fn beat(heart: &Heart, threads: &[(String, Pulse)], last: &Mutex<Instant>, ended
             }
             Ok(End::HandOver) | Err(mpsc::RecvTimeoutError::Disconnected) => return,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    #[derive(Default)]
+    struct Fake {
+        beats: AtomicUsize,
+        ends: AtomicUsize,
+    }
+
+    impl Beat for Fake {
+        fn beat(&self) -> io::Result<()> {
+            self.beats.fetch_add(1, Ordering::Relaxed);
+            Ok(())
+        }
+
+        fn end(&self) -> io::Result<()> {
+            self.ends.fetch_add(1, Ordering::Relaxed);
+            Ok(())
+        }
+    }
+
+    /// One turn of the thread with these pulses, and then this end: (beats, ends).
+    fn turn(threads: &[(String, Pulse)], end: Option<End>) -> (usize, usize) {
+        let (fake, last) = (Fake::default(), Mutex::new(Instant::now()));
+        let (sender, ended) = mpsc::channel();
+        if let Some(end) = end {
+            sender.send(end).unwrap();
+        }
+        drop(sender);
+        beat(&fake, threads, &last, &ended);
+        (fake.beats.into_inner(), fake.ends.into_inner())
+    }
+
+    #[test]
+    fn a_thread_that_hangs_stops_the_heart_and_only_an_end_is_announced() {
+        let good = vec![("worker-0".to_owned(), Pulse::default())];
+        assert_eq!(turn(&good, Some(End::Silence)), (1, 1));
+        assert_eq!(turn(&good, Some(End::HandOver)), (1, 0), "the successor beats already");
+        assert_eq!(turn(&good, None), (1, 0), "the end of the process is not announced");
+        let hung = vec![good[0].clone(), ("worker-1".to_owned(), Pulse::hanging())];
+        assert_eq!(turn(&hung, Some(End::Silence)), (0, 1));
     }
 }
