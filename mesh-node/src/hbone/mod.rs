@@ -72,6 +72,9 @@ pub const PING_TIMEOUT: Duration = Duration::from_secs(20);
 /// How long a connection without streams stays in the pool.
 pub const IDLE_TIMEOUT: Duration = Duration::from_secs(300);
 
+/// The same for a connection beside others to the same place: a burst needed it, and it holds some 200 KiB.
+pub const SPARE_IDLE_TIMEOUT: Duration = Duration::from_secs(10);
+
 /// How long a server keeps a connection without streams: longer than the client, which knows better.
 pub const SERVER_IDLE_TIMEOUT: Duration = Duration::from_secs(360);
 

@@ -170,12 +170,13 @@ impl Handlers {
         stream: TcpStream,
         client: SocketAddr,
     ) {
+        // Each in a box of its size: together they would all be as large as the largest.
         match begun {
             Begun::Outbound(begun) => {
-                self.outbound.serve(&self.pools[index], pod, stream, client, begun).await;
+                Box::pin(self.outbound.serve(&self.pools[index], pod, stream, client, begun)).await;
             }
-            Begun::Plain(begun) => self.inbound.plain(pod, stream, client, begun).await,
-            Begun::Hbone(begun) => self.inbound.hbone(pod, stream, client, begun).await,
+            Begun::Plain(begun) => Box::pin(self.inbound.plain(pod, stream, client, begun)).await,
+            Begun::Hbone(begun) => Box::pin(self.inbound.hbone(pod, stream, client, begun)).await,
         }
     }
 }
@@ -199,6 +200,9 @@ mod tests {
         });
         let plain = size(|h, pod, stream, client, _, begun| h.inbound.plain(pod, stream, client, begun));
         let hbone = size(|h, pod, stream, client, begun, _| h.inbound.hbone(pod, stream, client, begun));
+        let all =
+            size(|h, pod, stream, client, _, begun| h.serve(0, pod, Begun::Outbound(begun), stream, client));
+        assert!(all <= 512, "what they have in common takes {all} bytes");
         assert!(outbound <= 4096, "an outbound connection takes {outbound} bytes");
         assert!(plain <= 3072, "a plaintext connection takes {plain} bytes");
         assert!(hbone <= 9 << 10, "an HBONE connection, shared by many streams, takes {hbone} bytes");

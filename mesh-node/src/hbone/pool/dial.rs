@@ -65,16 +65,15 @@ pub(super) async fn dial<D: Dialer>(
     let shared = Arc::new(ConnShared::new(inner));
     let driver = {
         let (shared, pool) = (shared.clone(), Arc::downgrade(inner));
-        let idle = limits.idle;
         let sweep = {
             let (shared, pool) = (shared.clone(), pool.clone());
             move || {
                 if let Some(pool) = pool.upgrade() {
-                    pool.evict_if_idle(id, &shared, idle);
+                    pool.evict_if_idle(id, &shared);
                 }
             }
         };
-        let sweep_every = (idle / 4).max(Duration::from_millis(10));
+        let sweep_every = (limits.idle.min(limits.spare_idle) / 4).max(Duration::from_millis(10));
         let connections = move || source.connections();
         Share::new(share, async move {
             let closed =

@@ -8,7 +8,10 @@ mod table;
 
 pub(super) use table::{Closed, ConnShared, StreamSlot};
 
-use super::{CLIENT_STREAMS, IDLE_TIMEOUT, error::HboneError, headers::Connect, stream::HboneStream};
+use super::{
+    CLIENT_STREAMS, IDLE_TIMEOUT, SPARE_IDLE_TIMEOUT, error::HboneError, headers::Connect,
+    stream::HboneStream,
+};
 use crate::{
     fair::Share,
     tls::{HANDSHAKE_TIMEOUT, LocalIdentity},
@@ -72,6 +75,8 @@ pub struct PoolLimits {
     pub connections: usize,
     /// How long a connection without streams stays.
     pub idle: Duration,
+    /// How long it stays when there is another one to the same place.
+    pub spare_idle: Duration,
     /// For the TCP connection.
     pub dial_timeout: Duration,
     /// For the TLS handshake.
@@ -88,6 +93,7 @@ impl Default for PoolLimits {
             connections_per_source: 1024,
             connections: 8192,
             idle: IDLE_TIMEOUT,
+            spare_idle: SPARE_IDLE_TIMEOUT,
             dial_timeout: Duration::from_secs(10),
             handshake_timeout: HANDSHAKE_TIMEOUT,
             response_timeout: Duration::from_secs(15),

@@ -15,7 +15,7 @@ use std::{
         Arc, Mutex, MutexGuard, PoisonError, Weak,
         atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed},
     },
-    time::{Duration, SystemTime},
+    time::SystemTime,
 };
 use tokio::{sync::watch, time::Instant};
 use tokio_util::task::TaskTracker;
@@ -266,10 +266,19 @@ impl Inner {
         true
     }
 
-    pub(super) fn evict_if_idle(&self, id: u64, shared: &ConnShared, idle: Duration) {
-        let last_used = *shared.last_used.lock().unwrap_or_else(PoisonError::into_inner);
+    pub(super) fn evict_if_idle(&self, id: u64, shared: &ConnShared) {
+        let idle_for = shared.last_used.lock().unwrap_or_else(PoisonError::into_inner).elapsed();
+        if shared.streams() > 0 || idle_for < self.limits.idle.min(self.limits.spare_idle) {
+            return;
+        }
+        let spare = {
+            let state = self.lock();
+            let entry = state.entries.values().find(|entry| entry.conns.iter().any(|conn| conn.id == id));
+            entry.is_some_and(|entry| entry.conns.len() > 1)
+        };
+        let patience = if spare { self.limits.idle.min(self.limits.spare_idle) } else { self.limits.idle };
         // A stream that starts between the test and the removal keeps its connection: only the pool forgets it.
-        if shared.streams() == 0 && last_used.elapsed() >= idle && self.remove(id) {
+        if idle_for >= patience && self.remove(id) {
             self.evicted.fetch_add(1, Relaxed);
         }
     }
