@@ -1,8 +1,7 @@
 //! The server side of one connection: requests in, tunnels out.
 
 use super::{
-    CONNECTION_WINDOW, CROWDED_IDLE_TIMEOUT, MAX_FRAME, MAX_HEADER_LIST, PING_TIMEOUT, SEND_BUFFER,
-    SERVER_IDLE_TIMEOUT, SERVER_STREAMS,
+    CONNECTION_WINDOW, MAX_FRAME, MAX_HEADER_LIST, PING_TIMEOUT, SEND_BUFFER, SERVER_STREAMS,
     driver::{KeepAlive, stream_window_for, window_for},
     error::Refusal,
     headers::ConnectRequest,
@@ -75,6 +74,10 @@ pub trait Handler: Send + Sync + 'static {
 pub struct ServeOptions {
     /// The address that the client dialled. An authority that is an address has to be on it.
     pub local_ip: Option<IpAddr>,
+    /// How long it may be without streams.
+    pub idle: Duration,
+    /// The same when [`Handler::crowded`].
+    pub crowded_idle: Duration,
     /// When cancelled: GOAWAY, no new streams, and the connection ends with its last stream.
     pub drain: CancellationToken,
 }
@@ -125,7 +128,7 @@ where
     let mut streams = JoinSet::new();
     let mut draining = false;
     let mut window = CONNECTION_WINDOW;
-    let mut idle_check = interval(CROWDED_IDLE_TIMEOUT);
+    let mut idle_check = interval(options.crowded_idle);
     let mut idle_since = Instant::now();
     let end = loop {
         let wanted = stream_window_for(handler.connections());
@@ -149,7 +152,7 @@ where
             }
             Some(_) = streams.join_next() => idle_since = Instant::now(),
             _ = idle_check.tick() => {
-                let patience = if handler.crowded() { CROWDED_IDLE_TIMEOUT } else { SERVER_IDLE_TIMEOUT };
+                let patience = if handler.crowded() { options.crowded_idle } else { options.idle };
                 if streams.is_empty() && idle_since.elapsed() >= patience {
                     handler.idled();
                     break ServeEnd::Idle;

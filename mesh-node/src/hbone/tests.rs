@@ -90,7 +90,12 @@ pub(crate) async fn server<H: Handler>(identity: Arc<LocalIdentity>, handler: Ar
                 connections.spawn(async move {
                     match tls::accept(tcp, &identity, LIMIT).await {
                         Ok((stream, peer)) => {
-                            let options = ServeOptions { local_ip: Some(LOOPBACK), drain };
+                            let options = ServeOptions {
+                                local_ip: Some(LOOPBACK),
+                                idle: SERVER_IDLE_TIMEOUT,
+                                crowded_idle: Duration::from_millis(30),
+                                drain,
+                            };
                             serve(stream, peer, handler, options).await;
                         }
                         Err(reject) => rejects.lock().unwrap().push(reject.reason),
@@ -351,6 +356,115 @@ async fn bounds_hold_and_idle_connections_give_way() {
         drop(first);
         let _fourth = pool.connect(&pod(3), &web, &request, &dialer).await.unwrap();
         assert_eq!((pool.stats().connections, pool.stats().evicted), (3, 1));
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn one_pod_cannot_take_all_connections_of_a_worker() {
+    within(async {
+        let ca = TestCa::new();
+        let server = server(ca.identity(CART), Arc::new(Echo::default())).await;
+        let limits = PoolLimits { connections_per_source: 2, ..PoolLimits::default() };
+        let (pool, dialer, web) = (Pool::new(limits), CountingDialer::default(), ca.identity(WEB));
+        let request = connect_to("127.0.0.1:80");
+        // Another set of expected identities is another key, as another destination would be.
+        let others = ["spiffe://cluster.local/ns/a/sa/a", "spiffe://cluster.local/ns/a/sa/b"];
+        let keys = [vec![CART], vec![CART, others[0]], vec![CART, others[1]]];
+        let keys = keys.map(|expected| key(WEB, &expected, server.addr));
+        let _first = pool.connect(&keys[0], &web, &request, &dialer).await.unwrap();
+        let second = pool.connect(&keys[1], &web, &request, &dialer).await.unwrap();
+        let error = pool.connect(&keys[2], &web, &request, &dialer).await.unwrap_err();
+        assert!(matches!(error, HboneError::Full { .. }), "{error}");
+        let other = PoolKey { source_ip: Ipv4Addr::new(127, 0, 0, 9).into(), ..keys[2].clone() };
+        let _other = pool.connect(&other, &web, &request, &dialer).await.unwrap();
+        drop(second);
+        let _third = pool.connect(&keys[2], &web, &request, &dialer).await.unwrap();
+        assert_eq!((pool.stats().connections, pool.stats().evicted), (3, 1));
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn of_many_idle_connections_to_one_place_one_stays() {
+    within(async {
+        let ca = TestCa::new();
+        let server = server(ca.identity(CART), Arc::new(Echo::default())).await;
+        let spare_idle = Duration::from_millis(40);
+        let limits = PoolLimits { streams_per_connection: 1, spare_idle, ..PoolLimits::default() };
+        let (pool, dialer, web) = (Pool::new(limits), CountingDialer::default(), ca.identity(WEB));
+        let (key, request) = (key(WEB, &[CART], server.addr), connect_to("127.0.0.1:80"));
+        let mut streams = vec![];
+        for _ in 0..4 {
+            streams.push(pool.connect(&key, &web, &request, &dialer).await.unwrap());
+        }
+        assert_eq!(pool.stats().connections, 4);
+        drop(streams);
+        eventually("the spare ones are let go", || pool.stats().connections == 1).await;
+        tokio::time::sleep(3 * spare_idle).await;
+        assert_eq!((pool.stats().connections, pool.stats().evicted), (1, 3));
+    })
+    .await;
+}
+
+/// A workload with very many connections, none of which reads.
+#[derive(Default)]
+struct Crowded {
+    idled: AtomicUsize,
+}
+
+impl Handler for Crowded {
+    type Upstream = ();
+
+    async fn connect(&self, _: &Arc<Peer>, _: ConnectRequest) -> Result<(), Refusal> {
+        Ok(())
+    }
+
+    async fn splice(&self, _: (), mut stream: HboneStream) {
+        std::future::poll_fn(|cx| stream.send.poll_reset(cx)).await;
+    }
+
+    fn connections(&self) -> usize {
+        1_000_000
+    }
+
+    fn crowded(&self) -> bool {
+        true
+    }
+
+    fn idled(&self) {
+        self.idled.fetch_add(1, SeqCst);
+    }
+
+    fn refused(&self, _: &Arc<Peer>, refusal: &Refusal) {
+        panic!("{refusal}");
+    }
+}
+
+#[tokio::test]
+async fn a_crowded_pod_gives_little_window_and_no_time_to_idle_tunnels() {
+    within(async {
+        let ca = TestCa::new();
+        let handler = Arc::new(Crowded::default());
+        let server = server(ca.identity(CART), handler.clone()).await;
+        let (pool, dialer, web) =
+            (Pool::new(PoolLimits::default()), CountingDialer::default(), ca.identity(WEB));
+        let key = key(WEB, &[CART], server.addr);
+        let mut stream = pool.connect(&key, &web, &connect_to("127.0.0.1:80"), &dialer).await.unwrap();
+        let mut taken = 0;
+        let mut data = Bytes::from(vec![0; 1 << 20]);
+        while let Ok(sent) = timeout(
+            Duration::from_millis(200),
+            std::future::poll_fn(|cx| stream.send.poll_send(cx, &mut data)),
+        )
+        .await
+        {
+            taken += sent.unwrap();
+        }
+        assert_eq!(taken, MIN_STREAM_WINDOW as usize, "a reader that does not read costs no more");
+        assert_eq!(handler.idled.load(SeqCst), 0, "a tunnel with a stream is not idle");
+        drop(stream);
+        eventually("the idle tunnel is ended", || handler.idled.load(SeqCst) == 1).await;
     })
     .await;
 }

@@ -57,7 +57,12 @@ impl Inbound {
             return;
         };
         let handler = Arc::new(Tunnel { inbound: self.clone(), pod, remote });
-        let options = ServeOptions { local_ip, drain: self.drain.begin.clone() };
+        let options = ServeOptions {
+            local_ip,
+            idle: hbone::SERVER_IDLE_TIMEOUT,
+            crowded_idle: hbone::CROWDED_IDLE_TIMEOUT,
+            drain: self.drain.begin.clone(),
+        };
         let end = hbone::serve(tls, peer, handler, options).await;
         tracing::debug!(%remote, ?end, "an HBONE connection ended");
     }

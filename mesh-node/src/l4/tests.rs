@@ -3,7 +3,7 @@
 use super::*;
 use crate::{
     hbone::{
-        ConnectRequest, Handler, HboneStream, Pool, PoolLimits, Refusal, STREAM_WINDOW, Target,
+        ConnectRequest, Dialer, Handler, HboneStream, Pool, PoolLimits, Refusal, STREAM_WINDOW, Target,
         tests::{CART, CountingDialer, LOOPBACK, Server, WEB, connect_to, eventually, key, server, within},
     },
     local::Buffered,
@@ -14,7 +14,7 @@ use std::{
     net::SocketAddr,
     sync::{
         Arc, Mutex,
-        atomic::{AtomicU64, Ordering::SeqCst},
+        atomic::{AtomicU64, AtomicUsize, Ordering::SeqCst},
     },
     time::Duration,
 };
@@ -28,10 +28,15 @@ use tokio::{
 struct Inbound {
     outcomes: mpsc::UnboundedSender<CopyOutcome>,
     counters: Arc<ByteCounters>,
+    crowd: Arc<AtomicUsize>,
 }
 
 impl Handler for Inbound {
     type Upstream = TcpStream;
+
+    fn connections(&self) -> usize {
+        self.crowd.load(SeqCst)
+    }
 
     async fn connect(&self, _peer: &Arc<Peer>, request: ConnectRequest) -> Result<TcpStream, Refusal> {
         let Target::Addr(to) = request.target else { return Err(Refusal::Authority("host".into())) };
@@ -51,6 +56,20 @@ impl Handler for Inbound {
     }
 }
 
+/// Dials, and says how many connections its pod has.
+#[derive(Clone)]
+struct CrowdDialer(Arc<AtomicUsize>);
+
+impl Dialer for CrowdDialer {
+    async fn dial(&self, to: SocketAddr) -> io::Result<TcpStream> {
+        TcpStream::connect(to).await
+    }
+
+    fn connections(&self) -> usize {
+        self.0.load(SeqCst)
+    }
+}
+
 /// What connects a test's client and server.
 #[derive(Clone, Copy, Debug)]
 enum Via {
@@ -66,6 +85,7 @@ struct Path {
     outbound: mpsc::UnboundedReceiver<CopyOutcome>,
     inbound: mpsc::UnboundedReceiver<CopyOutcome>,
     pool: Pool,
+    crowd: Arc<AtomicUsize>,
     _server: Option<Server>,
     _entry_task: tokio::task::JoinHandle<()>,
 }
@@ -82,21 +102,24 @@ impl Path {
         let counters = Arc::new(ByteCounters::default());
         let ca = TestCa::new();
         let pool = Pool::new(PoolLimits::default());
+        let crowd = Arc::new(AtomicUsize::new(1));
         let hbone = match via {
             Via::Tcp => None,
             Via::Hbone => {
-                let inbound = Inbound { outcomes: report_in, counters: Arc::default() };
+                let inbound = Inbound { outcomes: report_in, counters: Arc::default(), crowd: crowd.clone() };
                 Some(server(ca.identity(CART), Arc::new(inbound)).await)
             }
         };
         let tunnel = hbone.as_ref().map(|s| key(WEB, &[CART], s.addr));
         let (web, counting, pooled) = (ca.identity(WEB), counters, pool.clone());
+        let dialer = CrowdDialer(crowd.clone());
         let entry_task = tokio::spawn(async move {
             loop {
                 let Ok((client, _)) = listener.accept().await else { return };
                 let (mut stopped, report) = (stopped.clone(), report_out.clone());
                 let (tunnel, web, counters, pool) =
                     (tunnel.clone(), web.clone(), counting.clone(), pooled.clone());
+                let dialer = dialer.clone();
                 tokio::spawn(async move {
                     let stop = async move {
                         let stop = stopped.wait_for(Option::is_some).await.map(|stop| *stop);
@@ -113,7 +136,6 @@ impl Path {
                         }
                         Some(key) => {
                             let request = connect_to(&to.to_string());
-                            let dialer = CountingDialer::default();
                             let stream = pool.connect(&key, &web, &request, &dialer).await.unwrap();
                             copy(client, HboneEnd::new(stream), &counters, Buffered::default(), stop).await
                         }
@@ -122,7 +144,7 @@ impl Path {
                 });
             }
         });
-        Self { entry, backend, stop, outbound, inbound, pool, _server: hbone, _entry_task: entry_task }
+        Self { entry, backend, stop, outbound, inbound, pool, crowd, _server: hbone, _entry_task: entry_task }
     }
 
     /// A client's and a server's end of one connection.
@@ -199,6 +221,36 @@ async fn sixty_four_mebibytes_both_ways_at_once() {
         })
         .await;
     }
+}
+
+#[tokio::test]
+async fn bytes_are_right_while_the_windows_shrink_and_grow() {
+    within(async {
+        let path = Path::new(Via::Hbone).await;
+        let (client, server) = path.open().await;
+        let len = 32 << 20;
+        let (client_read, client_write) = client.into_split();
+        let (server_read, server_write) = server.into_split();
+        let transfer = async {
+            tokio::join!(
+                send_pattern(client_write, 1, len),
+                expect_pattern(server_read, 1, len),
+                send_pattern(server_write, 2, len),
+                expect_pattern(client_read, 2, len),
+            );
+        };
+        let changes = async {
+            for connections in [100_000, 1, 500, 5_000, 2].into_iter().cycle() {
+                path.crowd.store(connections, SeqCst);
+                tokio::time::sleep(Duration::from_millis(3)).await;
+            }
+        };
+        tokio::select! {
+            () = transfer => {}
+            () = changes => unreachable!("it cycles"),
+        }
+    })
+    .await;
 }
 
 #[tokio::test]
@@ -356,7 +408,7 @@ async fn many_small_frames_to_a_sleeping_reader_break_nothing() {
         let ca = TestCa::new();
         let (report, _outcomes) = mpsc::unbounded_channel();
         let counters = Arc::<ByteCounters>::default();
-        let inbound = Inbound { outcomes: report, counters: counters.clone() };
+        let inbound = Inbound { outcomes: report, counters: counters.clone(), crowd: Arc::default() };
         let server = server(ca.identity(CART), Arc::new(inbound)).await;
         let backend = TcpListener::bind((LOOPBACK, 0)).await.unwrap();
         let request = connect_to(&backend.local_addr().unwrap().to_string());
