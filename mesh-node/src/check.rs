@@ -136,13 +136,16 @@ fn programs(disabled: &BTreeSet<Feature>) -> Vec<Finding> {
             Finding { what: feature.name(), result: Ok(found) }
         })
         .collect();
-    let result = match bpf::try_load(&features) {
-        Ok(()) => Ok(Found::Good("the verifier takes them".to_owned())),
-        Err(error) => {
-            problem(chain(&error), "install a newer kernel; Linux 5.15 or later has what is needed")
+    let remedy = "install a newer kernel; Linux 5.15 or later has what is needed";
+    match bpf::try_load(&features) {
+        Ok(()) => {
+            let found = Found::Good("the verifier takes them".to_owned());
+            findings.push(Finding { what: "programs", result: Ok(found) });
         }
-    };
-    findings.push(Finding { what: "programs", result });
+        Err(refused) => findings.extend(
+            refused.iter().map(|error| Finding { what: "programs", result: problem(chain(error), remedy) }),
+        ),
+    }
     findings
 }
 

@@ -322,13 +322,16 @@ pub(super) fn attach_inbound(ebpf: &mut Ebpf, netns: BorrowedFd<'_>, path: &Path
     FdLink::from(link).pin(path).map(drop).map_err(pin)
 }
 
-/// Hands every program to the verifier and lets all go again: whether the data path could be loaded.
-pub fn try_load(features: &Features) -> Result<(), BpfError> {
-    load_object(features, None).map(drop)
+/// Offers every program to the verifier and lets all go again. The errors of those that are refused, or of the object.
+pub fn try_load(features: &Features) -> Result<(), Vec<BpfError>> {
+    let mut ebpf = load_maps(features, None).map_err(|error| vec![error])?;
+    let refused: Vec<BpfError> =
+        programs(features).filter_map(|name| load_program(&mut ebpf, name).err()).collect();
+    if refused.is_empty() { Ok(()) } else { Err(refused) }
 }
 
-/// Makes the maps, or takes a predecessor's from where they are pinned, and loads every program that this kernel can have.
-fn load_object(features: &Features, pinned: Option<&Path>) -> Result<Ebpf, BpfError> {
+/// Makes the maps, or takes a predecessor's from where they are pinned.
+fn load_maps(features: &Features, pinned: Option<&Path>) -> Result<Ebpf, BpfError> {
     let bits = features.bits();
     let mut loader = EbpfLoader::new();
     loader.override_global("FEATURES", &bits, true);
@@ -337,22 +340,34 @@ fn load_object(features: &Features, pinned: Option<&Path>) -> Result<Ebpf, BpfEr
             loader.map_pin_path(name, dir.join(name));
         }
     }
-    let mut ebpf = loader.load(OBJECT).map_err(|error| BpfError::Load(Box::new(error)))?;
-    load_programs(&mut ebpf, features)?;
+    loader.load(OBJECT).map_err(|error| BpfError::Load(Box::new(error)))
+}
+
+/// The maps, and every program that this kernel can have.
+fn load_object(features: &Features, pinned: Option<&Path>) -> Result<Ebpf, BpfError> {
+    let mut ebpf = load_maps(features, pinned)?;
+    for name in programs(features) {
+        load_program(&mut ebpf, name)?;
+    }
     Ok(ebpf)
 }
 
-/// Hands every program to the verifier.
-fn load_programs(ebpf: &mut Ebpf, features: &Features) -> Result<(), BpfError> {
-    let sk_lookup: &mut SkLookup = program(ebpf, SK_LOOKUP_PROGRAM)?;
-    sk_lookup.load().map_err(|source| program_error(SK_LOOKUP_PROGRAM, source))?;
-    let sock_ops: &mut SockOps = program(ebpf, SOCK_OPS_PROGRAM)?;
-    sock_ops.load().map_err(|source| program_error(SOCK_OPS_PROGRAM, source))?;
-    for name in SOCK_ADDR_PROGRAMS.into_iter().filter(|name| features.allow(name)) {
-        let sock_addr: &mut CgroupSockAddr = program(ebpf, name)?;
-        sock_addr.load().map_err(|source| program_error(name, source))?;
-    }
-    Ok(())
+/// The programs that this kernel can have.
+fn programs(features: &Features) -> impl Iterator<Item = &'static str> {
+    [SK_LOOKUP_PROGRAM, SOCK_OPS_PROGRAM]
+        .into_iter()
+        .chain(SOCK_ADDR_PROGRAMS)
+        .filter(|name| features.allow(name))
+}
+
+/// Hands a program to the verifier.
+fn load_program(ebpf: &mut Ebpf, name: &str) -> Result<(), BpfError> {
+    let loaded = match name {
+        SK_LOOKUP_PROGRAM => program::<SkLookup>(ebpf, name)?.load(),
+        SOCK_OPS_PROGRAM => program::<SockOps>(ebpf, name)?.load(),
+        _ => program::<CgroupSockAddr>(ebpf, name)?.load(),
+    };
+    loaded.map_err(|source| program_error(name, source))
 }
 
 fn attach_to_cgroup(ebpf: &mut Ebpf, name: &str, root: &File) -> Result<FdLink, BpfError> {
