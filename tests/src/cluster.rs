@@ -236,9 +236,10 @@ impl Cluster {
         let netns = NetNs::create(&self.run.name(&format!("{}-{}", spec.namespace, spec.name)))?;
         let veth = format!("p{made}");
         netns.ip(&format!(
-            "link add eth0 type veth peer name {veth} netns {}\n\
+            "link add eth0 address {} type veth peer name {veth} netns {}\n\
              addr add {}/24 dev eth0\naddr add {}/64 dev eth0 nodad\nlink set eth0 up\n\
              route add default via {}\nroute add default via {}\n",
+            mac(spec.v4),
             node.netns.name(),
             spec.v4,
             spec.v6,
@@ -258,6 +259,9 @@ impl Cluster {
             self.pods.iter().position(|pod| pod.key() == key).with_context(|| format!("no pod {key}"))?;
         let Pod { spec, netns, cgroup, app } = self.pods.remove(at);
         drop(app);
+        // As the plugin that made it does: sockets of the daemon may keep the namespace for a while, and it must not
+        // answer for an address that another pod may have by then.
+        netns.ip("link delete eth0\n")?;
         netns.remove()?;
         crate::cgroup::remove_tree(cgroup.path())?;
         Ok(spec)
@@ -299,6 +303,13 @@ impl Cluster {
     pub fn capture(&self) -> Result<Capture> {
         Capture::start(&self.fabric)
     }
+}
+
+/// The address of a pod's interface. From its IPv4 address, so that neighbours need not forget an old one when an address
+/// comes again (the plugins announce it; here nobody does).
+fn mac(v4: Ipv4Addr) -> String {
+    let [a, b, c, d] = v4.octets();
+    format!("02:00:{a:02x}:{b:02x}:{c:02x}:{d:02x}")
 }
 
 fn start_app(pod: &Pod, program: &Path, logs: &Path) -> Result<Proc> {

@@ -114,7 +114,12 @@ impl Node {
     /// Runs the CNI plugin for a pod, as the container runtime of this node would: chained after the plugin that
     /// made the interface. Returns the plugin's standard output; its error object is the error.
     pub fn cni(&self, command: &str, pod: &Pod) -> Result<String> {
-        let conf = cni_conf(&self.cni_socket(), pod);
+        self.cni_with(command, pod, &[format!("{}/24", pod.spec.v4), format!("{}/64", pod.spec.v6)])
+    }
+
+    /// [`Self::cni`] for a pod that was given these addresses.
+    pub fn cni_with(&self, command: &str, pod: &Pod, addresses: &[String]) -> Result<String> {
+        let conf = cni_conf(&self.cni_socket(), pod, addresses);
         let spec = &pod.spec;
         let args = format!(
             "IgnoreUnknown=1;K8S_POD_NAMESPACE={};K8S_POD_NAME={};K8S_POD_INFRA_CONTAINER_ID={};K8S_POD_UID={}",
@@ -148,7 +153,8 @@ pub fn container_id(pod: &Pod) -> String {
     format!("{digits:0<64}")
 }
 
-fn cni_conf(socket: &Path, pod: &Pod) -> String {
+fn cni_conf(socket: &Path, pod: &Pod, addresses: &[String]) -> String {
+    let ips: Vec<_> = addresses.iter().map(|address| json!({ "address": address, "interface": 0 })).collect();
     json!({
         "cniVersion": "1.1.0",
         "name": "pods",
@@ -157,10 +163,7 @@ fn cni_conf(socket: &Path, pod: &Pod) -> String {
         "prevResult": {
             "cniVersion": "1.1.0",
             "interfaces": [{ "name": "eth0", "sandbox": pod.netns.path() }],
-            "ips": [
-                { "address": format!("{}/24", pod.spec.v4), "interface": 0 },
-                { "address": format!("{}/64", pod.spec.v6), "interface": 0 },
-            ],
+            "ips": ips,
         },
     })
     .to_string()

@@ -1,11 +1,7 @@
 //! Random loss on a node's wire, by nftables in the node's namespace.
 
 use crate::netns::NetNs;
-use anyhow::{Context, Result, ensure};
-use std::{
-    io::Write,
-    process::{Command, Stdio},
-};
+use anyhow::Result;
 
 /// Drops this share of the packets that a node forwards between its pods and the fabric; 0 takes the rule away.
 pub fn set_loss(node: &NetNs, percent: u8) -> Result<()> {
@@ -18,21 +14,5 @@ pub fn set_loss(node: &NetNs, percent: u8) -> Result<()> {
              meta iifname eth0 numgen random mod 100 < {percent} drop;\n }}\n}}\n"
         );
     }
-    node.within(|| {
-        // On this thread, which is inside the namespace; the child inherits it.
-        let mut nft = Command::new("nft")
-            .args(["-f", "-"])
-            .stdin(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .context("run `nft` (package nftables; `cargo xtask setup` installs it)")?;
-        nft.stdin.take().context("stdin of nft")?.write_all(script.as_bytes())?;
-        let output = nft.wait_with_output()?;
-        ensure!(
-            output.status.success(),
-            "nft refused the rules: {}",
-            String::from_utf8_lossy(&output.stderr).trim()
-        );
-        Ok(())
-    })
+    node.nft(&script)
 }

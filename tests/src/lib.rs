@@ -16,6 +16,7 @@ pub mod cluster;
 pub mod daemons;
 pub mod faults;
 pub mod fixture;
+pub mod foreign;
 pub mod hostile;
 pub mod metrics;
 pub mod netns;

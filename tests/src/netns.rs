@@ -72,6 +72,25 @@ impl NetNs {
         ip(Some(&self.name), batch)
     }
 
+    /// Gives nftables a script inside it.
+    pub fn nft(&self, script: &str) -> Result<()> {
+        self.within(|| {
+            // On this thread, which is inside the namespace; the child inherits it.
+            let mut nft = Command::new("nft")
+                .args(["-f", "-"])
+                .stdin(Stdio::piped())
+                .stderr(Stdio::piped())
+                .spawn()
+                .context("run `nft` (package nftables; `cargo xtask setup` installs it)")?;
+            nft.stdin.take().context("stdin of nft")?.write_all(script.as_bytes())?;
+            let output = nft.wait_with_output()?;
+            if !output.status.success() {
+                bail!("nft refused the rules: {}", String::from_utf8_lossy(&output.stderr).trim());
+            }
+            Ok(())
+        })
+    }
+
     /// Runs `f` on a thread of its own inside the namespace; sockets made there belong to it for good.
     pub fn within<T: Send>(&self, f: impl FnOnce() -> Result<T> + Send) -> Result<T> {
         let file = self.open()?;

@@ -1,12 +1,12 @@
 //! The only unsafe code of the harness: entering a network namespace and a cgroup between fork and exec, binding packet
-//! sockets, and a termination handler.
+//! sockets, loading and attaching small BPF programs, and a termination handler.
 #![allow(unsafe_code)]
 
 use std::{
     fs::File,
     io,
     os::{
-        fd::{AsRawFd, IntoRawFd},
+        fd::{AsRawFd, BorrowedFd, FromRawFd as _, IntoRawFd, OwnedFd, RawFd},
         unix::process::CommandExt,
     },
     process::Command,
@@ -73,6 +73,75 @@ pub(crate) fn bind_packet(socket: &impl AsRawFd, index: u32) -> io::Result<()> {
         )
     };
     if done != 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// The part of `union bpf_attr` that loading a program uses (`include/uapi/linux/bpf.h`).
+#[repr(C)]
+struct ProgLoad {
+    prog_type: u32,
+    insn_cnt: u32,
+    insns: u64,
+    license: u64,
+    log: [u64; 2],
+    version_and_flags: u64,
+    name: [u64; 2],
+    ifindex: u32,
+    expected_attach_type: u32,
+}
+
+/// Loads a BPF program.
+pub(crate) fn bpf_load(prog_type: u32, expected_attach_type: u32, program: &[u64]) -> io::Result<OwnedFd> {
+    let attr = ProgLoad {
+        prog_type,
+        insn_cnt: program.len() as u32,
+        insns: program.as_ptr().addr() as u64,
+        license: c"Apache-2.0".as_ptr().addr() as u64,
+        log: [0; 2],
+        version_and_flags: 0,
+        name: [0; 2],
+        ifindex: 0,
+        expected_attach_type,
+    };
+    const PROG_LOAD: libc::c_int = 5;
+    // SAFETY: attr is a live structure of the length given; its pointers are to instructions of the number given and to
+    // a terminated string, which the kernel only reads.
+    descriptor(unsafe { libc::syscall(libc::SYS_bpf, PROG_LOAD, &raw const attr, size_of::<ProgLoad>()) })
+}
+
+/// Attaches a BPF program to a cgroup or a network namespace for as long as the link is open.
+pub(crate) fn bpf_link(
+    program: BorrowedFd<'_>,
+    target: BorrowedFd<'_>,
+    attach_type: u32,
+) -> io::Result<OwnedFd> {
+    let attr: [u32; 4] = [program.as_raw_fd() as u32, target.as_raw_fd() as u32, attach_type, 0];
+    const LINK_CREATE: libc::c_int = 28;
+    // SAFETY: attr is a live array of the length given, without pointers in it.
+    descriptor(unsafe { libc::syscall(libc::SYS_bpf, LINK_CREATE, attr.as_ptr(), size_of_val(&attr)) })
+}
+
+/// Attaches (or detaches) a BPF program to a cgroup the older way, as long as both exist.
+pub(crate) fn bpf_attach(
+    program: BorrowedFd<'_>,
+    target: BorrowedFd<'_>,
+    attach_type: u32,
+    attach: bool,
+) -> io::Result<()> {
+    const ALLOW_MULTI: u32 = 2;
+    let (command, flags): (libc::c_int, u32) = if attach { (8, ALLOW_MULTI) } else { (9, 0) };
+    let attr: [u32; 4] = [target.as_raw_fd() as u32, program.as_raw_fd() as u32, attach_type, flags];
+    // SAFETY: attr is a live array of the length given, without pointers in it.
+    let done = unsafe { libc::syscall(libc::SYS_bpf, command, attr.as_ptr(), size_of_val(&attr)) };
+    if done < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+fn descriptor(result: libc::c_long) -> io::Result<OwnedFd> {
+    let fd = RawFd::try_from(result).unwrap_or(-1);
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel has just given this descriptor, and nobody else has it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
 static PIPE: AtomicI32 = AtomicI32::new(-1);

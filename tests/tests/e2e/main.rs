@@ -6,6 +6,7 @@ mod backends;
 mod bytes;
 mod capture;
 mod chaos;
+mod coexist;
 mod crash;
 mod enrolment;
 mod harness;

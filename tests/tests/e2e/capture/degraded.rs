@@ -10,11 +10,7 @@ use mesh_node::{
 };
 use mesh_tests::{app::ports, cluster::Cluster};
 use mesh_xds::model::Protocol;
-use std::{
-    collections::BTreeSet,
-    net::SocketAddr,
-    time::{Duration, Instant},
-};
+use std::{collections::BTreeSet, net::SocketAddr};
 
 /// Connects per way.
 const N: u64 = 500;
@@ -97,9 +93,8 @@ fn refusals_are_refusals_with_any_feature_masked() -> Result<()> {
             (format!("{}:80", vip::PAY), DenyReason::NoEndpoints),
             (format!("{}:80", vip::PAY_V6), DenyReason::Policy),
         ] {
-            let begun = Instant::now();
+            // Not even a slow one: that would end with a timeout.
             assert_eq!(web.dial(&format!("--to {to}"))?.end, "connect: refused", "{to} without {mask:?}");
-            ensure!(begun.elapsed() < Duration::from_secs(5), "{to} without {mask:?}: it hung");
             let event = events.try_next().context("an event")?;
             assert_eq!((event.reason, event.dst.to_string()), (reason, to), "without {mask:?}");
             let report = web.connects(&format!("--to {} --n 50 --mode nonblock", event.dst))?;
