@@ -29,11 +29,8 @@ const KEPT: u64 = 24 << 20;
 fn mesh_with(log: &str, extra: &[&str]) -> Result<Cluster> {
     let mut cluster = bare()?;
     cluster.start_control(&quickstart())?;
-    let options = NodeOptions {
-        log: log.to_owned(),
-        extra: extra.iter().map(|&flag| flag.to_owned()).collect(),
-        ..NodeOptions::default()
-    };
+    let options =
+        NodeOptions { log: log.to_owned(), extra: extra.iter().map(|&flag| flag.to_owned()).collect() };
     for node in ["node-a", "node-b"] {
         cluster.start_node(node, &options)?;
     }
