@@ -114,11 +114,22 @@ impl Node {
     /// Runs the CNI plugin for a pod, as the container runtime of this node would: chained after the plugin that
     /// made the interface. Returns the plugin's standard output; its error object is the error.
     pub fn cni(&self, command: &str, pod: &Pod) -> Result<String> {
-        self.cni_with(command, pod, &[format!("{}/24", pod.spec.v4), format!("{}/64", pod.spec.v6)])
+        let addresses = [format!("{}/24", pod.spec.v4), format!("{}/64", pod.spec.v6)];
+        self.cni_call(command, pod, &addresses, &pod.netns.path())
     }
 
     /// [`Self::cni`] for a pod that was given these addresses.
     pub fn cni_with(&self, command: &str, pod: &Pod, addresses: &[String]) -> Result<String> {
+        self.cni_call(command, pod, addresses, &pod.netns.path())
+    }
+
+    /// [`Self::cni`] with another path of the network namespace.
+    pub fn cni_in(&self, command: &str, pod: &Pod, netns: &Path) -> Result<String> {
+        let addresses = [format!("{}/24", pod.spec.v4), format!("{}/64", pod.spec.v6)];
+        self.cni_call(command, pod, &addresses, netns)
+    }
+
+    fn cni_call(&self, command: &str, pod: &Pod, addresses: &[String], netns: &Path) -> Result<String> {
         let conf = cni_conf(&self.cni_socket(), pod, addresses);
         let spec = &pod.spec;
         let args = format!(
@@ -131,7 +142,7 @@ impl Node {
         let env: [(&str, OsString); 6] = [
             ("CNI_COMMAND", command.into()),
             ("CNI_CONTAINERID", container_id(pod).into()),
-            ("CNI_NETNS", pod.netns.path().into()),
+            ("CNI_NETNS", netns.into()),
             ("CNI_IFNAME", "eth0".into()),
             ("CNI_ARGS", args.into()),
             ("CNI_PATH", "/opt/cni/bin".into()),

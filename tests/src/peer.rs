@@ -17,7 +17,7 @@ use std::{
     time::Duration,
 };
 use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
+    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
     net::{TcpListener, TcpStream},
     sync::oneshot,
 };
@@ -25,6 +25,9 @@ use tokio_rustls::{TlsAcceptor, TlsConnector};
 
 /// No client here waits longer.
 const DEADLINE: Duration = Duration::from_secs(10);
+
+/// How long bytes that get no answer are waited for.
+const SILENCE: Duration = Duration::from_millis(500);
 
 /// How an attempt to open a tunnel ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -65,6 +68,48 @@ pub fn open_tunnel_with(
                 .context("the tunnel hung")?
         })
     })
+}
+
+/// Sends bytes over TCP and gives what comes back until the other side ends the connection, or has been silent for a
+/// while.
+pub fn send_raw(netns: &NetNs, to: SocketAddr, bytes: &[u8]) -> Result<Vec<u8>> {
+    netns.within(|| {
+        block_on(async {
+            let stream = TcpStream::connect(to).await.with_context(|| format!("connect to {to}"))?;
+            Ok(exchange(stream, bytes).await)
+        })
+    })
+}
+
+/// [`send_raw`] inside TLS with the given application protocols. Nothing comes back if the handshake fails.
+pub fn send_over_tls(
+    netns: &NetNs,
+    identity: Option<Identity>,
+    to: SocketAddr,
+    alpn: &[&[u8]],
+    bytes: &[u8],
+) -> Result<Vec<u8>> {
+    let mut config = client_config(identity)?;
+    config.alpn_protocols = alpn.iter().map(|name| name.to_vec()).collect();
+    let config = Arc::new(config);
+    netns.within(|| {
+        block_on(async {
+            match tls_connect(&config, to).await {
+                Ok(stream) => Ok(exchange(stream, bytes).await),
+                Err(error) if error.is::<std::io::Error>() => Ok(Vec::new()),
+                Err(error) => Err(error),
+            }
+        })
+    })
+}
+
+async fn exchange(mut stream: impl AsyncRead + AsyncWrite + Unpin, bytes: &[u8]) -> Vec<u8> {
+    let mut answer = Vec::new();
+    // Either side may have had enough at any moment; what counts is what came back.
+    let _ = stream.write_all(bytes).await;
+    let _ = stream.flush().await;
+    let _ = tokio::time::timeout(SILENCE, (&mut stream).take(1 << 20).read_to_end(&mut answer)).await;
+    answer
 }
 
 async fn tunnel(

@@ -252,6 +252,135 @@ fn claims_to_one_address() {
     assert_eq!(by_name.snapshot().services()["shop/cart.shop.svc.cluster.local"].addresses.len(), 2);
 }
 
+/// Objects that are good alone and not together: who is told, in which field, and what to do. The rest is served.
+#[test]
+fn objects_that_do_not_fit_together_are_told_so() {
+    let service = |name: &str, spec: &str| {
+        format!(
+            "apiVersion: v1\nkind: Service\nmetadata: {{name: {name}, namespace: shop}}\nspec: {{{spec}, ports: [{{port: 80}}]}}\n"
+        )
+    };
+    let pod = |name: &str, ip: &str| {
+        format!(
+            "apiVersion: v1\nkind: Pod\nmetadata: {{name: {name}, namespace: shop}}\n\
+             spec: {{nodeName: n1, containers: [{{name: c}}]}}\nstatus: {{podIP: {ip}}}\n"
+        )
+    };
+    let slice = |name: &str, service: &str, endpoints: &str| {
+        format!(
+            "apiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\naddressType: IPv4\n\
+             metadata: {{name: {name}, namespace: shop, labels: {{kubernetes.io/service-name: {service}}}}}\n\
+             endpoints: [{endpoints}]\n"
+        )
+    };
+    let cases: [(&str, String, &str, &str, &str, &str); 9] = [
+        (
+            "one VIP twice",
+            service("z", "clusterIP: 10.96.0.1"),
+            "Service shop/z",
+            "spec.clusterIP",
+            "10.96.0.1 belongs to Service shop/cart",
+            "another address",
+        ),
+        (
+            "one IPv6 VIP twice",
+            service("z", "clusterIP: \"fd00::1\""),
+            "Service shop/z",
+            "spec.clusterIP",
+            "fd00::1 belongs to Service shop/cart",
+            "another address",
+        ),
+        (
+            "a VIP that is a pod's",
+            service("z", "clusterIP: 10.244.1.5"),
+            "Service shop/z",
+            "spec.clusterIP",
+            "10.244.1.5 belongs to Pod shop/cart-7d4-x as well",
+            "another address",
+        ),
+        (
+            "one pod address twice",
+            pod("z", "10.244.1.5"),
+            "Pod shop/",
+            "status.podIP",
+            "10.244.1.5 belongs to Pod shop/",
+            "another address",
+        ),
+        (
+            "no pod with its labels",
+            service("z", "clusterIP: 10.96.0.9, selector: {app: nobody}"),
+            "Service shop/z",
+            "spec.selector",
+            "has no endpoints",
+            "correct the selector",
+        ),
+        (
+            "a port that no pod names",
+            service("z", "clusterIP: 10.96.0.9, selector: {app: cart}")
+                .replace("port: 80", "port: 80, targetPort: none"),
+            "Service shop/z",
+            "spec.ports[0].targetPort",
+            "no pod of the service has a container port named \"none\"",
+            "give the number",
+        ),
+        (
+            "a slice of no service",
+            slice("z", "nothing", "{addresses: [10.244.1.5]}"),
+            "EndpointSlice shop/z",
+            "metadata.labels[\"kubernetes.io/service-name\"]",
+            "there is no Service shop/nothing",
+            "add the Service",
+        ),
+        (
+            "an endpoint of no pod",
+            slice("z", "cart", "{addresses: [10.9.9.9], targetRef: {kind: Pod, name: gone}}"),
+            "EndpointSlice shop/z",
+            "endpoints[0].targetRef",
+            "there is no Pod shop/gone",
+            "add the Pod",
+        ),
+        (
+            "a pod of no namespace",
+            pod("z", "10.244.9.9").replace("namespace: shop", "namespace: nowhere"),
+            "Pod nowhere/z",
+            "metadata.namespace",
+            "there is no Namespace nowhere",
+            "add the Namespace",
+        ),
+    ];
+    for (name, more, object, field, message, remedy) in cases {
+        let mut index = index(&format!("{SHOP}\n---\n{more}"));
+        let snapshot = index.snapshot();
+        assert!(!snapshot.services()["shop/cart.shop.svc.cluster.local"].addresses.is_empty(), "{name}");
+        let problems = index.problems();
+        let hit = problems.iter().any(|(key, issue)| {
+            key.to_string().starts_with(object)
+                && issue.field.to_string() == field
+                && issue.message.contains(message)
+                && issue.remedy.contains(remedy)
+        });
+        assert!(hit, "{name}: {problems:#?}");
+    }
+}
+
+#[test]
+fn a_service_without_endpoints_is_served_without_any() {
+    for more in ["selector: {app: nobody}, ", ""] {
+        let yaml = format!(
+            "apiVersion: v1\nkind: Service\nmetadata: {{name: z, namespace: shop}}\n\
+             spec: {{clusterIP: 10.96.0.9, {more}ports: [{{port: 80}}]}}\n"
+        );
+        let snapshot = index(&format!("{SHOP}\n---\n{yaml}")).snapshot();
+        assert_eq!(
+            snapshot.services()["shop/z.shop.svc.cluster.local"].addresses.len(),
+            1,
+            "nodes refuse at once"
+        );
+        let backs = |w: &Workload| w.services.contains_key("shop/z.shop.svc.cluster.local");
+        assert!(!snapshot.workloads().values().any(|w| backs(w)));
+    }
+}
+
 #[test]
 fn a_change_of_one_endpoint_is_a_change_of_one_resource() {
     use mesh_xds::{convert::ADDRESS_TYPE, delta::View};

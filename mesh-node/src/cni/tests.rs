@@ -406,5 +406,38 @@ async fn requests_that_the_server_cannot_read() {
             },
         }
     }
+    // A request that is well formed, for a pod whose namespace is missing, or is something else.
+    let sandbox = protocol::Sandbox {
+        container_id: "c1".into(),
+        namespace: "shop".into(),
+        name: "cart".into(),
+        uid: "u1".into(),
+    };
+    let request = |op| protocol::encode(&Request { version: protocol::VERSION, op }).unwrap();
+    let add = request(Op::Add { sandbox: sandbox.clone(), addresses: vec![], timeout_ms: 100 });
+    let pidns = std::fs::File::open("/proc/self/ns/pid").unwrap();
+    let file = std::fs::File::open("/proc/self/maps").unwrap();
+    for (name, fd, words) in [
+        ("nothing", None, "no network namespace came with the request for pod shop/cart"),
+        ("another namespace", Some(&pidns), "shop/cart"),
+        ("a file", Some(&file), "shop/cart"),
+    ] {
+        let stream = std::os::unix::net::UnixStream::connect(&socket).unwrap();
+        match fd {
+            Some(fd) => drop(fdpass::send(&stream, &add, Some(std::os::fd::AsFd::as_fd(fd))).unwrap()),
+            None => std::io::Write::write_all(&mut &stream, &add).unwrap(),
+        }
+        stream.set_nonblocking(true).unwrap();
+        let mut stream = UnixStream::from_std(stream).unwrap();
+        stream.shutdown().await.unwrap();
+        let mut answer = Vec::new();
+        stream.read_to_end(&mut answer).await.unwrap();
+        match serde_json::from_slice(&answer[4..]).unwrap() {
+            Response::Error(failure) => {
+                assert!(failure.message.contains(words) && !failure.remedy.is_empty(), "{name}: {failure:?}");
+            }
+            other => panic!("{name}: {other:?}"),
+        }
+    }
     serving.abort();
 }

@@ -272,6 +272,106 @@ async fn other_methods_and_bad_authorities_are_bad_requests() {
     .await;
 }
 
+fn frame(kind: u8, flags: u8, stream: u8, payload: &[u8]) -> Vec<u8> {
+    let len = u32::try_from(payload.len()).unwrap().to_be_bytes();
+    [&len[1..], &[kind, flags, 0, 0, 0, stream], payload].concat()
+}
+
+/// HPACK: a literal that is not indexed, with a name of the static table or one spelt out.
+fn header(name: Result<u8, &str>, value: &str) -> Vec<u8> {
+    let text = |t: &str| [&[u8::try_from(t.len()).unwrap()], t.as_bytes()].concat();
+    match name {
+        Ok(index) => [vec![index], text(value)].concat(),
+        Err(name) => [vec![0], text(name), text(value)].concat(),
+    }
+}
+
+/// A peer with a good certificate that then says anything but a good request. Nothing of it reaches the workload, the
+/// connection ends or the request does, and the next peer is served.
+#[tokio::test]
+async fn what_is_not_http_2_harms_nobody() {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    const AUTHORITY: u8 = 1;
+    const METHOD: u8 = 2;
+    within(async {
+        let ca = TestCa::new();
+        let handler = Arc::new(Echo::default());
+        let server = server(ca.identity(CART), handler.clone()).await;
+        let web = ca.identity(WEB);
+        let settings = frame(4, 0, 0, &[]);
+        let preface = [b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".as_slice(), &settings].concat();
+        let headers = |block: &[u8]| [preface.clone(), frame(1, 4, 1, block)].concat();
+        let connect = header(Ok(METHOD), "CONNECT");
+        let to = header(Ok(AUTHORITY), "127.0.0.1:80");
+        let many: Vec<u8> = std::iter::once([connect.clone(), to.clone()].concat())
+            .chain((0..400).map(|i| header(Err(&format!("x-{i}")), &"v".repeat(100))))
+            .flatten()
+            .collect();
+        let oversize = {
+            let mut chunks = many.chunks(16_000).enumerate().peekable();
+            let mut bytes = preface.clone();
+            while let Some((i, chunk)) = chunks.next() {
+                let end = if chunks.peek().is_none() { 4 } else { 0 };
+                bytes.extend(frame(if i == 0 { 1 } else { 9 }, end, 1, chunk));
+            }
+            bytes
+        };
+        let cases: Vec<(&str, Vec<u8>)> = vec![
+            ("HTTP/1.1", b"CONNECT 127.0.0.1:80 HTTP/1.1\r\nhost: x\r\n\r\n".to_vec()),
+            ("zeros", vec![0; 4096]),
+            ("noise", (0..4096u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 24) as u8).collect()),
+            ("half a preface and nonsense", b"PRI * HTTP/2.0\r\n\r\nXX\r\n\r\n".to_vec()),
+            ("noise after the preface", [preface.clone(), vec![0xff; 64]].concat()),
+            ("no settings", [&preface[..24], &frame(6, 0, 0, &[0; 8])].concat()),
+            (
+                "a frame that is too large",
+                [preface.clone(), vec![0xff, 0xff, 0xff, 0, 0, 0, 0, 0, 1]].concat(),
+            ),
+            ("data without a request", [preface.clone(), frame(0, 0, 1, b"hello")].concat()),
+            (
+                "an even stream",
+                [preface.clone(), frame(1, 4, 2, &[connect.clone(), to.clone()].concat())].concat(),
+            ),
+            ("broken compression", headers(&[0xff, 0xff, 0xff, 0xff, 0xff])),
+            (
+                "a header list that never ends",
+                [preface.clone(), frame(1, 0, 1, &connect), settings.clone()].concat(),
+            ),
+            ("CONNECT without authority", headers(&connect)),
+            ("CONNECT with a path", headers(&[connect.clone(), to.clone(), header(Ok(4), "/x")].concat())),
+            (
+                "a pseudo header that comes late",
+                headers(&[header(Err("a"), "b"), connect.clone(), to.clone()].concat()),
+            ),
+            (
+                "a name in upper case",
+                headers(&[connect.clone(), to.clone(), header(Err("X-A"), "b")].concat()),
+            ),
+            (
+                "an authority that is none",
+                headers(&[connect.clone(), header(Ok(AUTHORITY), "a b:80")].concat()),
+            ),
+            ("headers that are too large", oversize),
+        ];
+        for (name, bytes) in cases {
+            let tcp = TcpStream::connect(server.addr).await.unwrap();
+            let expected = BTreeSet::from([CART.parse().unwrap()]);
+            let (mut stream, _) = tls::connect(tcp, &web, &expected, LOOPBACK, LIMIT).await.unwrap();
+            // The other side may have had enough before the end of it.
+            let _ = stream.write_all(&bytes).await;
+            let _ = stream.shutdown().await;
+            let mut answer = Vec::new();
+            let _ = stream.read_to_end(&mut answer).await;
+            assert_eq!(handler.requests.lock().unwrap().len(), 0, "{name} reached the workload");
+        }
+        let pool = Pool::new(PoolLimits::default());
+        let (key, dialer) = (key(WEB, &[CART], server.addr), CountingDialer::default());
+        let mut stream = pool.connect(&key, &web, &connect_to("127.0.0.1:80"), &dialer).await.unwrap();
+        echo(&mut stream, "hello").await;
+    })
+    .await;
+}
+
 #[tokio::test]
 async fn concurrent_requests_share_dials_and_connections() {
     within(async {

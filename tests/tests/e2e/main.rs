@@ -3,6 +3,7 @@
 
 mod away;
 mod backends;
+mod bad_input;
 mod bytes;
 mod capture;
 mod chaos;

@@ -99,6 +99,71 @@ fn broken_syntax_keeps_what_its_file_had() {
     assert_eq!(changes(&events), ["-a", "-b"]);
 }
 
+/// Everything that a text can be instead of Kubernetes objects. Each stands in a file with a good object before and after
+/// it, and is reported with its line and what to do, and nothing else happens.
+#[test]
+fn every_kind_of_broken_text_is_reported_and_disturbs_nothing() {
+    let deep = "[".repeat(5_000);
+    let bomb: String = (0..20).fold("a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n".to_owned(), |text, i| {
+        let refs = vec![format!("*a{i}"); 10].join(", ");
+        text + &format!("a{}: &a{} [{refs}]\n", i + 1, i + 1)
+    });
+    let unknown = |api: &str, kind: &str| format!("apiVersion: {api}\nkind: {kind}\nmetadata: {{name: x}}");
+    let cases: [(&str, &str, &[&str]); 17] = [
+        ("an open bracket", "kind: [", &["not valid YAML"]),
+        ("an open quote", "kind: \"Pod", &["not valid YAML"]),
+        ("a tab", "kind: Pod\n\tmetadata: {}", &["not valid YAML"]),
+        ("no space after a colon", "metadata:\n  name: a\n name: b", &["not valid YAML"]),
+        ("a key that comes twice", "kind: Pod\nkind: Service", &["not valid YAML", "kind"]),
+        ("an alias to nothing", "kind: *nowhere", &["not valid YAML", "unknown anchor"]),
+        ("too deep", &deep, &["not valid YAML", "recursion limit"]),
+        ("an alias bomb", &bomb, &["not valid YAML", "repetition limit"]),
+        ("control characters", "kind: \u{1}\u{2}", &["not valid YAML", "control characters"]),
+        ("a word", "hello", &["kind: there is no kind; add apiVersion and kind"]),
+        ("a list", "- kind: Pod\n- kind: Service", &["kind: there is no kind; add apiVersion and kind"]),
+        ("a number", "42", &["kind: there is no kind; add apiVersion and kind"]),
+        ("a kind that is no text", "apiVersion: v1\nkind: 7\nmetadata: {name: x}", &["kind"]),
+        ("a List of nothing", "apiVersion: v1\nkind: List\nitems: 7", &["items"]),
+        ("an unknown kind", &unknown("v1", "ConfigMap"), &["warning", "ConfigMap"]),
+        ("an unknown group", &unknown("example.com/v1", "Service"), &["warning", "example.com"]),
+        ("an unknown version", &unknown("v9", "Service"), &["warning", "apiVersion", "use apiVersion v1"]),
+    ];
+    let mut wrong = vec![];
+    for (name, text, words) in cases {
+        let mut tracker = Tracker::default();
+        let file = format!("{}---\n{text}\n---\n{}", account("a"), account("b"));
+        let told = changes(&tracker.update(files(&[("x.yaml", &file)])));
+        let problems = lines(tracker.problems());
+        let line = problems.first().and_then(|p| p.strip_prefix("x.yaml:")?.split(':').next()?.parse().ok());
+        // The parser notices an open end on the line after it.
+        let lines = 5..=5 + text.lines().count();
+        let named = words.iter().all(|word| problems.len() == 1 && problems[0].contains(word));
+        if told != ["+a", "+b"] || !line.is_some_and(|line| lines.contains(&line)) || !named {
+            wrong.push((name, words, told, problems));
+        }
+    }
+    assert!(wrong.is_empty(), "{wrong:#?}");
+}
+
+#[test]
+fn files_that_are_no_text_or_too_large_are_named() {
+    let dir = tempfile::tempdir().unwrap();
+    fs::write(dir.path().join("a.yaml"), account("a")).unwrap();
+    fs::write(dir.path().join("binary.yaml"), b"kind: \xff\xfe").unwrap();
+    fs::File::create(dir.path().join("large.yaml")).unwrap().set_len(17 << 20).unwrap();
+    fs::write(dir.path().join("empty.yaml"), "").unwrap();
+    std::os::unix::fs::symlink("nowhere", dir.path().join("dangling.yaml")).unwrap();
+    fs::create_dir(dir.path().join("folder.yaml")).unwrap();
+    let mut engine = Engine::new(dir.path().to_owned(), Settings::default());
+    let report = engine.step().report.clone();
+    let problems = lines(&report.problems);
+    for (file, words) in [("binary.yaml", "UTF-8"), ("large.yaml", "larger than 16 MiB")] {
+        let hit = problems.iter().any(|p| p.starts_with(file) && p.contains(words));
+        assert!(hit, "{file}: {problems:#?}");
+    }
+    assert_eq!(problems.len(), 2, "{problems:#?}");
+}
+
 #[test]
 fn a_file_that_cannot_be_read_keeps_its_objects() {
     let mut tracker = Tracker::default();

@@ -254,7 +254,13 @@ fn expand(value: &Value, place: Place, items: &mut Vec<Item>) {
         items.push(Item { place, decoded: decode::decode(value), line: None });
         return;
     }
-    for (i, item) in value.get("items").and_then(Value::as_sequence).into_iter().flatten().enumerate() {
+    let Some(list) = value.get("items").and_then(Value::as_sequence) else {
+        let issue = Issue::error("items", "there is no list of items", "list the objects under items");
+        let decoded = Decoded::Broken { key: None, fallback: None, issues: vec![issue] };
+        items.push(Item { place, decoded, line: None });
+        return;
+    };
+    for (i, item) in list.iter().enumerate() {
         let prefix = FieldPath(vec![Step::Key("items".to_owned()), Step::Index(i)]);
         let place = Place { prefix, ..place.clone() };
         items.push(Item { place, decoded: decode::decode(item), line: None });
