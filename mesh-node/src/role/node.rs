@@ -116,9 +116,7 @@ async fn serve(config: Config, log: LogFilter) -> anyhow::Result<()> {
     let ca = IstioCa::new(plane.channel(), Some(token.clone()), &config.args.cluster_id)?;
     let options = CertOptions { ttl: config.cert_ttl, ..CertOptions::default() };
     let certs = Arc::new(CertManager::new(Arc::new(ca), options));
-    if let Some(keeper) = kept::certificates(&config, &certs) {
-        tokio::spawn(keeper.run(CertManager::clone(&certs), stop.clone()));
-    }
+    let keeper = kept::certificates(&config, &certs);
 
     let workers = Workers::start(config.workers).context("cannot start the workers")?;
     let pools: Vec<Pool> = (0..workers.len()).map(|_| Pool::new(PoolLimits::default())).collect();
@@ -228,6 +226,10 @@ async fn serve(config: Config, log: LogFilter) -> anyhow::Result<()> {
     tokio::spawn(follow_sync(source, synced.clone(), mesh.clone(), to_reconcile.clone()));
     // Ends at a takeover, when the connection to the control plane goes on for the policies of what is still open.
     let serving = stop.child_token();
+    // After a takeover the file is the successor's.
+    if let Some(keeper) = keeper {
+        tokio::spawn(keeper.run(CertManager::clone(&certs), serving.clone()));
+    }
     let mut inherited = HashMap::new();
     if let Some(mut succession) = succession {
         let complete = tokio::time::timeout(CONFIGURATION, wait_for(&synced)).await;
