@@ -2,8 +2,8 @@
 //!
 //! Everything is `inline(always)` and free of panics, for the verifier's sake. Absent: the look-ups themselves.
 
-use crate::code::{counter, deny, inbound, port, proto, verdict};
-use crate::net::{Endpoint, Ip};
+use crate::code::{self, counter, deny, inbound, port, proto, verdict};
+use crate::net::{Endpoint, Ip, NetPort};
 use crate::{key, value};
 
 /// What becomes of a connect or of a datagram.
@@ -53,6 +53,24 @@ pub fn destination(pod: &value::Pod, dst: &Ip, destination: &value::Destination)
         _ => Outbound::Deny(deny::BAD_VERDICT),
     }
 }
+
+/// Where a DNS query of the pod goes while the daemon is there: its socket for DNS, of the family of the nameserver. `None`
+/// for what is no query, and for nameservers in the pod itself.
+#[inline(always)]
+pub fn dns(pod: &value::Pod, dst: &Endpoint) -> Option<Endpoint> {
+    if pod.flags & code::pod::DNS == 0
+        || dst.port.be != NAMESERVER.be
+        || dst.addr.is_loopback()
+        || dials_itself(pod, &dst.addr)
+    {
+        return None;
+    }
+    let addr = if dst.addr.is_v4() { pod.addr_v4 } else { pod.addr_v6 };
+    if addr.is_unspecified() { None } else { Some(Endpoint::new(addr, NetPort::new(port::DNS))) }
+}
+
+/// The port of nameservers.
+const NAMESERVER: NetPort = NetPort::new(53);
 
 /// The daemon's listener of the destination's family. A pod without one must not get past the proxy.
 #[inline(always)]
@@ -252,7 +270,6 @@ pub fn is_outbound_listener(pod: &value::Pod, local: &Endpoint) -> bool {
 #[cfg(feature = "user")]
 mod tests {
     use super::*;
-    use crate::net::NetPort;
     use crate::pod::Pod as _;
     use std::net::IpAddr;
 
@@ -388,6 +405,23 @@ mod tests {
             assert_eq!(beats(&heart, now), expected, "at {now}");
         }
         assert!(!beats(&value::Heartbeat { beat_ns: 0 }, 5), "0 is not a time just after the boot");
+    }
+
+    #[test]
+    fn dns_queries_to_nameservers_outside_of_the_pod_are_captured() {
+        let v4 = |octets: [u8; 4]| Ip::v4(u32::from_ne_bytes(octets));
+        let pod = value::Pod { addr_v4: v4([10, 0, 0, 7]), flags: code::pod::DNS, ..value::Pod::zeroed() };
+        let at = |octets, port| Endpoint::new(v4(octets), NetPort::new(port));
+        assert_eq!(dns(&pod, &at([10, 96, 0, 10], 53)), Some(at([10, 0, 0, 7], 15053)));
+        for (what, dst) in [
+            ("another port", at([10, 96, 0, 10], 5353)),
+            ("loopback", at([127, 0, 0, 53], 53)),
+            ("itself", at([10, 0, 0, 7], 53)),
+            ("no address of the family", Endpoint::new(Ip::v6([1, 2, 3, 4]), NetPort::new(53))),
+        ] {
+            assert_eq!(dns(&pod, &dst), None, "{what}");
+        }
+        assert_eq!(dns(&value::Pod { flags: 0, ..pod }, &at([10, 96, 0, 10], 53)), None, "switched off");
     }
 
     #[test]

@@ -111,6 +111,16 @@ abi! {
         _pad: u32 = 28,
     }
 
+    /// One of the nameservers that a pod, or a single socket, has used.
+    pub struct Nameserver: 16 {
+        /// The cookie of the pod's network namespace, or of the socket.
+        pub cookie: u64 = 0,
+        /// From 0 to [`NAMESERVERS_PER_OWNER`] - 1.
+        pub slot: u32 = 8,
+        /// 1 for a socket: the two sorts of cookies may be equal.
+        pub socket: u32 = 12,
+    }
+
     /// A row of the statistics of direct connections.
     pub struct Direct: 56 {
         /// The client's network namespace.
@@ -211,6 +221,23 @@ impl Udp {
     #[inline(always)]
     pub const fn new(socket: u64, peer: Endpoint) -> Self {
         Self { socket, peer, _pad: 0 }
+    }
+}
+
+/// How many nameservers of a pod or socket are remembered; resolvers take three (resolv.conf(5)).
+pub const NAMESERVERS_PER_OWNER: u32 = 4;
+
+impl Nameserver {
+    /// The first place of a pod.
+    #[inline(always)]
+    pub const fn of_pod(netns: u64) -> Self {
+        Self { cookie: netns, slot: 0, socket: 0 }
+    }
+
+    /// The first place of a socket.
+    #[inline(always)]
+    pub const fn of_socket(socket: u64) -> Self {
+        Self { cookie: socket, slot: 0, socket: 1 }
     }
 }
 

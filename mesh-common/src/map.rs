@@ -70,6 +70,8 @@ maps! {
     UDP_FLOWS: 65_536;
     /// LRU, `key::Udp` of the service -> backend (`net::Endpoint`).
     UDP_STICKY: 65_536;
+    /// LRU, `key::Nameserver` -> the nameserver (`net::Endpoint`): those that DNS queries were sent to.
+    NAMESERVERS: 16_384;
     /// `key::Direct` -> `value::Direct`.
     DIRECT_STATS: 65_536;
     /// Per-CPU array of u64 by `code::counter`.

@@ -3,7 +3,7 @@
 use crate::{
     balance,
     ctx::{self, ALLOW, Family, V4, V6},
-    daemon, find,
+    daemon, dns, find,
     maps::{self, DESTINATIONS, FRONTENDS, INBOUND, PODS, SOCKET_FLOW, Storage as _, UDP_FLOWS},
     report::{self, count},
 };
@@ -95,6 +95,10 @@ fn route<F: Family>(
     if decide::dials_itself(pod, &dst.addr) {
         return Step::Pass(counter::CONNECT_PASS);
     }
+    let listener = dns::capture(ctx, pod, ip_proto, dst);
+    if listener != 0 {
+        return query::<F>(ctx, cookie, pod, ip_proto, dst, listener);
+    }
     let service = key::Frontend::new(dst.addr, dst.port, ip_proto);
     let frontend = find!(FRONTENDS, &service);
     let decision = if let Some(frontend) = frontend {
@@ -161,6 +165,38 @@ fn route<F: Family>(
     memory.received_at_fin = 0;
     if F::rewrite(ctx, &memory.actual) {
         Step::Go(outcome, &memory.actual)
+    } else {
+        Step::Deny(deny::NO_CAPTURE_ADDRESS)
+    }
+}
+
+/// To the daemon, which answers DNS queries: to its socket for datagrams, to its listener for connections.
+#[inline(always)]
+fn query<F: Family>(
+    ctx: &SockAddrContext,
+    cookie: u64,
+    pod: &value::Pod,
+    ip_proto: u8,
+    dst: &Endpoint,
+    listener: u16,
+) -> Step {
+    let Some(memory) = SOCKET_FLOW.slot(ctx::socket(ctx)) else {
+        count(counter::STORE_FAILED);
+        return Step::Deny(deny::NO_MEMORY);
+    };
+    memory.cookie = cookie;
+    memory.original = *dst;
+    memory.actual = dns::target(pod, dst, listener);
+    memory.kind = u32::from(flow::PROXY);
+    memory.received_at_fin = 0;
+    memory.generation = 0;
+    memory.chosen = Endpoint::NONE;
+    if ip_proto == proto::UDP {
+        memory.kind = u32::from(flow::DNS);
+        dns::remember(ctx, cookie, &memory.actual, dst);
+    }
+    if F::rewrite(ctx, &memory.actual) {
+        Step::Go(counter::DNS_CAPTURE, &memory.actual)
     } else {
         Step::Deny(deny::NO_CAPTURE_ADDRESS)
     }

@@ -10,7 +10,7 @@ use aya_ebpf::{
     helpers::{
         bpf_get_current_ancestor_cgroup_id, bpf_get_current_cgroup_id, bpf_get_current_pid_tgid,
         bpf_get_netns_cookie, bpf_get_prandom_u32, bpf_get_socket_cookie, bpf_ktime_get_ns, bpf_set_retval,
-        bpf_sk_release, bpf_skc_lookup_tcp, bpf_sock_ops_cb_flags_set,
+        bpf_sk_lookup_udp, bpf_sk_release, bpf_skc_lookup_tcp, bpf_sock_ops_cb_flags_set,
     },
     programs::{SkLookupContext, SockAddrContext, SockOpsContext},
 };
@@ -205,14 +205,20 @@ struct TupleV6 {
 /// sk_lookup programs: it comes from the same address and from port 0, by which `inbound` knows it.
 #[inline(always)]
 pub(crate) fn listens(ctx: &SockAddrContext, at: &Endpoint) -> bool {
+    exists(ctx, at, false)
+}
+
+/// The same for TCP, or for a UDP socket that is bound to the address.
+#[inline(always)]
+pub(crate) fn exists(ctx: &SockAddrContext, at: &Endpoint, udp: bool) -> bool {
     let ports = [0, at.port.be];
     let socket = if at.addr.is_v4() {
         let word = at.addr.v4_word();
         let mut tuple = TupleV4 { source: word, destination: word, ports };
-        look_up(ctx, (&raw mut tuple).cast(), size_of::<TupleV4>() as u32)
+        look_up(ctx, (&raw mut tuple).cast(), size_of::<TupleV4>() as u32, udp)
     } else {
         let mut tuple = TupleV6 { source: at.addr.words, destination: at.addr.words, ports };
-        look_up(ctx, (&raw mut tuple).cast(), size_of::<TupleV6>() as u32)
+        look_up(ctx, (&raw mut tuple).cast(), size_of::<TupleV6>() as u32, udp)
     };
     if socket.is_null() {
         return false;
@@ -223,9 +229,16 @@ pub(crate) fn listens(ctx: &SockAddrContext, at: &Endpoint) -> bool {
 }
 
 #[inline(always)]
-fn look_up(ctx: &SockAddrContext, tuple: *mut bpf_sock_tuple, size: u32) -> *mut bpf_sock {
-    // SAFETY: the helper takes a socket-address context and reads `size` bytes of a tuple on the stack.
-    unsafe { bpf_skc_lookup_tcp(ctx.as_ptr(), tuple, size, BPF_F_CURRENT_NETNS as u64, 0) }
+fn look_up(ctx: &SockAddrContext, tuple: *mut bpf_sock_tuple, size: u32, udp: bool) -> *mut bpf_sock {
+    let netns = BPF_F_CURRENT_NETNS as u64;
+    // SAFETY: the helpers take a socket-address context and read `size` bytes of a tuple on the stack.
+    unsafe {
+        if udp {
+            bpf_sk_lookup_udp(ctx.as_ptr(), tuple, size, netns, 0)
+        } else {
+            bpf_skc_lookup_tcp(ctx.as_ptr(), tuple, size, netns, 0)
+        }
+    }
 }
 
 /// Whether the calling process is a daemon. By cgroup and not by socket mark, which a container can set.

@@ -27,6 +27,8 @@ mod ctx;
 #[cfg(target_arch = "bpf")]
 mod daemon;
 #[cfg(target_arch = "bpf")]
+mod dns;
+#[cfg(target_arch = "bpf")]
 mod features;
 #[cfg(target_arch = "bpf")]
 mod inbound;

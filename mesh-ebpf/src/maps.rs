@@ -94,6 +94,9 @@ pub(crate) static UDP_FLOWS: LruHashMap<key::Udp, Endpoint, { entries::UDP_FLOWS
 #[btf_map]
 pub(crate) static UDP_STICKY: LruHashMap<key::Udp, Endpoint, { entries::UDP_STICKY }> = LruHashMap::new();
 #[btf_map]
+pub(crate) static NAMESERVERS: LruHashMap<key::Nameserver, Endpoint, { entries::NAMESERVERS }> =
+    LruHashMap::new();
+#[btf_map]
 pub(crate) static DIRECT_STATS: HashMap<key::Direct, value::Direct, { entries::DIRECT_STATS }, NO_PREALLOC> =
     HashMap::new();
 #[btf_map]

@@ -7,7 +7,7 @@
 use crate::{
     balance,
     ctx::{self, ALLOW, Family, V4, V6},
-    find,
+    dns, find,
     maps::{self, FRONTENDS, PODS, SOCKET_FLOW, Storage as _, UDP_FLOWS, UDP_STICKY},
     report::{self, count},
 };
@@ -46,6 +46,16 @@ fn send<F: Family>(ctx: &SockAddrContext) -> i32 {
     let dst = F::address(ctx);
     let cookie = ctx::netns(ctx);
     let Some(pod) = find!(PODS, key::Netns::new(cookie)) else { return ALLOW };
+    let query = dns::capture(ctx, pod, proto::UDP, &dst);
+    if query != 0 && !ctx::is_daemon() {
+        let listener = dns::target(pod, &dst, query);
+        dns::remember(ctx, cookie, &listener, &dst);
+        if !F::rewrite(ctx, &listener) {
+            return deny(ctx, config, cookie, &dst, deny::NO_CAPTURE_ADDRESS);
+        }
+        count(counter::DNS_CAPTURE);
+        return ALLOW;
+    }
     let service = key::Frontend::new(dst.addr, dst.port, proto::UDP);
     let Some(frontend) = find!(FRONTENDS, &service) else { return ALLOW };
     if ctx::is_daemon() || decide::dials_itself(pod, &dst.addr) {

@@ -100,6 +100,12 @@ pub struct RunArgs {
     /// Seconds that open connections may go on after another daemon has taken over.
     #[arg(long, env = "NODEMESH_TAKEOVER_DRAIN_SECONDS", default_value_t = 3600)]
     pub takeover_drain_seconds: u64,
+    /// Whether DNS queries of captured pods (port 53) are answered for the mesh's names; all others are forwarded.
+    #[arg(long, env = "NODEMESH_DNS", default_value_t = true, action = clap::ArgAction::Set)]
+    pub dns: bool,
+    /// The domain of the cluster's services and pods in DNS.
+    #[arg(long, env = "NODEMESH_CLUSTER_DOMAIN", default_value = "cluster.local")]
+    pub cluster_domain: String,
     /// Log filter, for example `info` or `mesh_node=debug`; `access` is the access log's target.
     #[arg(long, env = "NODEMESH_LOG", default_value = "info")]
     pub log: String,
@@ -183,6 +189,10 @@ impl Config {
         if args.workers == Some(0) || args.workers.is_some_and(|n| n > 256) {
             wrong("workers", &args.workers.unwrap_or(0).to_string(), "is out of range", "use 1 to 256");
         }
+        if !is_domain(&args.cluster_domain) {
+            let remedy = "give the cluster's DNS domain, for example cluster.local";
+            wrong("cluster-domain", &args.cluster_domain, "is not a domain name", remedy);
+        }
         if args.max_connections_per_pod == 0 {
             wrong("max-connections-per-pod", "0", "lets no connection through", "use at least 1");
         }
@@ -220,6 +230,18 @@ impl Config {
     }
 }
 
+/// Whether this is a host name of RFC 1123, with or without the final dot.
+fn is_domain(text: &str) -> bool {
+    let text = text.strip_suffix('.').unwrap_or(text);
+    text.len() <= 200
+        && text.split('.').all(|label| {
+            (1..=63).contains(&label.len())
+                && label.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-')
+                && !label.starts_with('-')
+                && !label.ends_with('-')
+        })
+}
+
 /// The first cgroup2 mount of this host, from /proc/self/mounts (proc(5)).
 pub fn find_cgroup2() -> Option<PathBuf> {
     let mounts = std::fs::read_to_string("/proc/self/mounts").ok()?;
@@ -251,6 +273,7 @@ mod tests {
             "--trust-domain=a/b",
             "--cgroup-root=/nonexistent",
             "--workers=0",
+            "--cluster-domain=cluster..local",
             "--cert-ttl-seconds=1",
         ]);
         let errors = Config::validate(args.run).unwrap_err();
@@ -262,6 +285,7 @@ mod tests {
             "trust-domain",
             "cgroup-root",
             "workers",
+            "cluster-domain",
             "cert-ttl-seconds",
         ] {
             assert!(

@@ -10,6 +10,7 @@ pub mod check;
 pub mod cni;
 pub mod config;
 pub mod disk;
+pub mod dns;
 pub mod drain;
 pub mod enroll;
 pub mod fair;

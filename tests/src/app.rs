@@ -142,6 +142,44 @@ pub struct HoldReport {
     pub lines: u64,
 }
 
+/// Result of `pod-app resolve`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Resolved {
+    /// The addresses, sorted.
+    pub addresses: Vec<String>,
+    /// Why there are none; empty when there are some.
+    pub error: String,
+    /// Wall time in milliseconds.
+    pub millis: u64,
+}
+
+/// Result of `pod-app exchange`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Exchanged {
+    /// The messages that came back, in hexadecimal, and from where.
+    pub answers: Vec<(String, String)>,
+    /// What `getpeername()` says; empty for an unconnected socket.
+    pub peer: String,
+    /// The error that ended it, if any; waiting in vain is none.
+    pub error: String,
+}
+
+/// Bytes in hexadecimal.
+pub fn to_hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// The bytes again; `None` for something else.
+pub fn from_hex(text: &str) -> Option<Vec<u8>> {
+    let digits: Option<Vec<u32>> = text.chars().map(|c| c.to_digit(16)).collect();
+    let pairs = digits?;
+    let bytes = pairs.chunks(2).map(|pair| match pair {
+        [high, low] => u8::try_from(high * 16 + low).ok(),
+        _ => None,
+    });
+    bytes.collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -158,6 +196,12 @@ mod tests {
         assert_eq!(Who::parse(&who.line()), Some(who));
         assert_eq!(Who::parse("too few"), None);
         assert_eq!(Who::parse("a b c d e f"), None);
+    }
+
+    #[test]
+    fn hexadecimal_round_trips() {
+        assert_eq!(from_hex(&to_hex(&[0, 255, 16])), Some(vec![0, 255, 16]));
+        assert_eq!((from_hex("abc"), from_hex("zz")), (None, None));
     }
 
     #[test]

@@ -19,6 +19,7 @@ pub mod fixture;
 pub mod foreign;
 pub mod hostile;
 pub mod metrics;
+pub mod nameserver;
 pub mod netns;
 pub mod peer;
 pub mod pki;

@@ -116,6 +116,8 @@ pub(super) fn pod(key: &ObjectKey, raw: v1::Pod, issues: &mut Vec<Issue>) -> Opt
         created,
         node,
         service_account,
+        hostname: spec.hostname.clone().unwrap_or_default(),
+        subdomain: spec.subdomain.clone().unwrap_or_default(),
         host_network,
         ready: ready.is_some_and(|c| c.status == "True"),
         terminating: meta.deletion_timestamp.is_some(),

@@ -89,6 +89,7 @@ fn endpoint(raw: v1::Endpoint, v4: bool, at: &FieldPath, issues: &mut Vec<Issue>
     let conditions = raw.conditions.unwrap_or_default();
     Endpoint {
         addresses,
+        hostname: raw.hostname.unwrap_or_default(),
         pod: raw.target_ref.filter(|t| t.kind.as_deref() == Some("Pod")).and_then(|t| t.name),
         node: raw.node_name.unwrap_or_default(),
         zone: raw.zone.unwrap_or_default(),

@@ -31,11 +31,13 @@ impl Index {
             protocol: p.protocol,
             app_protocol: p.app_protocol,
         });
+        let port_names = object.ports.iter().filter(|p| !p.name.is_empty());
         Some(Service {
             name: name.clone(),
             hostname: self.hostname(name),
             addresses: addresses.map(|ip| ServiceAddress { network: String::new(), ip: *ip }).collect(),
             ports: ports.collect(),
+            port_names: port_names.map(|p| ((p.port, p.protocol), p.name.clone())).collect(),
             subject_alt_names: Vec::new(),
             load_balancing: load_balancing(object),
             session_affinity: object.affinity.map(|timeout| SessionAffinity { timeout }),

@@ -115,7 +115,9 @@ impl Index {
                 };
                 Some((p.protocol, TargetPort { service_port: p.port, target_port: target }))
             });
-            self.join(&mut backing, name, service, ports);
+            // What the slices of the API server would say.
+            let hostname = if pod.subdomain == name.name { pod.hostname.as_str() } else { "" };
+            self.join(&mut backing, name, service, hostname, ports);
         }
         // By slice.
         let by_name = self.slices_by_pod.get(&pod.name).into_iter().flatten();
@@ -141,7 +143,8 @@ impl Index {
         for endpoint in slice.endpoints.iter().filter(here) {
             backing.services.insert(name.name.clone());
             if (endpoint.ready && !endpoint.terminating) || service.publish_not_ready {
-                self.join(backing, &name, service, slice_ports(service, &slice.ports));
+                let ports = slice_ports(service, &slice.ports);
+                self.join(backing, &name, service, &endpoint.hostname, ports);
             }
         }
     }
@@ -151,6 +154,7 @@ impl Index {
         backing: &mut Backing,
         name: &NamespacedName,
         service: &Service,
+        hostname: &str,
         ports: impl Iterator<Item = (Protocol, TargetPort)>,
     ) {
         let mut ports = ports.peekable();
@@ -159,6 +163,9 @@ impl Index {
             return;
         }
         let member = backing.members.entry(self.service_key(name)).or_default();
+        if member.hostname.is_empty() {
+            hostname.clone_into(&mut member.hostname);
+        }
         for (protocol, port) in ports {
             let list = match protocol {
                 Protocol::Tcp => &mut member.tcp,

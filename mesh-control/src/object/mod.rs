@@ -244,6 +244,8 @@ pub struct Service {
 pub struct Endpoint {
     /// Its addresses (of one family).
     pub addresses: Vec<IpAddr>,
+    /// Its host name within the service; empty for none.
+    pub hostname: String,
     /// The pod behind it, in the slice's namespace.
     pub pod: Option<String>,
     /// The node it runs on; empty when not said.
@@ -306,6 +308,10 @@ pub struct Pod {
     pub node: String,
     /// Its service account.
     pub service_account: String,
+    /// `spec.hostname`; empty when not said.
+    pub hostname: String,
+    /// `spec.subdomain`: the service within which the host name counts; empty when not said.
+    pub subdomain: String,
     /// Shares the node's network namespace.
     pub host_network: bool,
     /// Its addresses; empty until it has one.

@@ -14,6 +14,7 @@ use super::{
     intent::Intent,
     load::{self, LoadOptions, Loaded, LogPump, map_error},
     lower::{BpfState, lower},
+    nameservers::Nameservers,
     ops::{MapOps, Table},
     pins::{self, Pins},
     reconcile::{Reconciler, Report},
@@ -139,6 +140,7 @@ pub struct Datapath {
     direct_stats: sys::Map,
     sockets: SocketMeta,
     daemons: Daemons,
+    nameservers: Nameservers,
     heartbeat: Heartbeat,
     verdicts: Verdicts,
     pulse: Pulse,
@@ -198,6 +200,8 @@ impl Datapath {
         let listeners = other(map::LISTENERS)?;
         let old_listeners = other(map::OLD_LISTENERS)?;
         let direct_stats = other(map::DIRECT_STATS)?;
+        let nameservers =
+            Nameservers::new(Arc::new(other(map::NAMESERVERS)?), Arc::new(other(map::UDP_FLOWS)?));
         let orig_dst = other(map::ORIG_DST)?;
         let client = other(map::CLIENT)?;
         let (socket_flow, udp_flows) = (other(map::SOCKET_FLOW)?, other(map::UDP_FLOWS)?);
@@ -239,6 +243,7 @@ impl Datapath {
                 Arc::new(udp_flows),
             ),
             daemons,
+            nameservers,
             heartbeat,
             verdicts,
             pulse,
@@ -363,6 +368,11 @@ impl Datapath {
     /// Access to single sockets, for the threads that carry connections.
     pub fn sockets(&self) -> SocketMeta {
         self.sockets.clone()
+    }
+
+    /// Access to the nameservers that pods meant.
+    pub fn nameservers(&self) -> Nameservers {
+        self.nameservers.clone()
     }
 
     /// Access to the heartbeat, for the thread that keeps it up: while there is none, nothing goes to the daemon.

@@ -95,6 +95,8 @@ pub struct CapturedPod {
     pub outbound_v4: Option<u16>,
     /// The same for IPv6.
     pub outbound_v6: Option<u16>,
+    /// Whether its DNS queries go to the daemon.
+    pub dns: bool,
     /// Whether inbound plaintext is refused.
     pub strict: bool,
     /// Ports (the pod's own) whose mode differs: true for STRICT.

@@ -53,7 +53,7 @@ const SK_LOOKUP_PROGRAM: &str = "inbound";
 const CGROUP_ROOT_INODE: u64 = 1;
 
 /// Key and value sizes of the maps that are handled as bytes and are not the reconciler's.
-const MAPS: [(&str, usize, usize); 19] = [
+const MAPS: [(&str, usize, usize); 20] = [
     (map::CONFIG, size_of::<u32>(), size_of::<value::Config>()),
     (map::DAEMONS, size_of::<key::Daemon>(), size_of::<value::Daemon>()),
     (map::HEARTBEAT, size_of::<u32>(), size_of::<value::Heartbeat>()),
@@ -72,6 +72,7 @@ const MAPS: [(&str, usize, usize); 19] = [
     (map::OLD_LISTENERS, size_of::<key::Listener>(), size_of::<value::Listener>()),
     (map::UDP_FLOWS, size_of::<key::Udp>(), size_of::<Endpoint>()),
     (map::UDP_STICKY, size_of::<key::Udp>(), size_of::<Endpoint>()),
+    (map::NAMESERVERS, size_of::<key::Nameserver>(), size_of::<Endpoint>()),
     (map::DIRECT_STATS, size_of::<key::Direct>(), size_of::<value::Direct>()),
 ];
 

@@ -12,7 +12,7 @@ use super::{
     ops::Table,
 };
 use mesh_common::{
-    code::{deny, inbound, proto, verdict},
+    code::{self, deny, inbound, proto, verdict},
     key,
     net::{Endpoint, Ip, NetPort},
     pod::Pod as _,
@@ -264,7 +264,7 @@ fn lower_pod(pod: &CapturedPod, state: &mut BpfState, issues: &mut Vec<Issue>) {
         addr_v6: addr_v6.unwrap_or(Ip::ANY),
         outbound_v4: addr_v4.map_or(NetPort::NONE, |_| port(pod.outbound_v4)),
         outbound_v6: addr_v6.map_or(NetPort::NONE, |_| port(pod.outbound_v6)),
-        flags: 0,
+        flags: if pod.dns { code::pod::DNS } else { 0 },
     };
     let flags = |strict: bool| if strict { inbound::STRICT } else { 0 };
     let target = value::Inbound {
@@ -378,6 +378,7 @@ mod tests {
             addrs: vec!["10.0.0.7".parse().unwrap(), "fd00::7".parse().unwrap()],
             outbound_v4: Some(40000),
             outbound_v6: Some(40001),
+            dns: true,
             strict: true,
             port_strict: BTreeMap::from([(8080, false)]),
         };
@@ -385,6 +386,7 @@ mod tests {
         assert_eq!(issues, []);
         let row = state.pods[&key::Netns::new(9)];
         assert_eq!((row.addr_v4.to_string(), row.outbound_v6.host()), ("10.0.0.7".into(), 40001));
+        assert_eq!(row.flags, code::pod::DNS);
         assert_eq!((state.inbound.len(), state.inbound_ports.len()), (2, 2));
         let inbound = state.inbound[&"fd00::7".parse::<IpAddr>().unwrap().into()];
         assert!(decide::strict(&inbound, None));
@@ -398,6 +400,7 @@ mod tests {
             addrs: vec!["10.0.0.7".parse().unwrap()],
             outbound_v4: None,
             outbound_v6: None,
+            dns: false,
             strict: false,
             port_strict,
         };
@@ -532,6 +535,7 @@ mod tests {
             addrs: vec!["10.0.0.7".parse().unwrap()],
             outbound_v4: Some(40000),
             outbound_v6: Some(40001),
+            dns: false,
             strict: false,
             port_strict: BTreeMap::new(),
         };

@@ -644,6 +644,7 @@ mod tests {
                     addrs: vec![IpAddr::from([10, 0, 1, n])],
                     outbound_v4: Some(40000 + u16::from(strict)),
                     outbound_v6: None,
+                    dns: false,
                     strict,
                     port_strict,
                 })
@@ -857,6 +858,7 @@ mod tests {
             addrs: vec![addr],
             outbound_v4: Some(40000),
             outbound_v6: None,
+            dns: false,
             strict: true,
             port_strict: BTreeMap::from([(80, false)]),
         };

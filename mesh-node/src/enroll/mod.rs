@@ -29,7 +29,7 @@ use mesh_xds::model::NamespacedName;
 use std::{
     fmt,
     future::Future,
-    net::{IpAddr, TcpListener},
+    net::{IpAddr, TcpListener, UdpSocket},
     sync::Arc,
 };
 use tokio::sync::watch;
@@ -38,6 +38,9 @@ use tokio::sync::watch;
 pub const INBOUND_PLAINTEXT_PORT: u16 = 15006;
 /// The port of a pod that takes HBONE.
 pub const INBOUND_HBONE_PORT: u16 = 15008;
+
+/// The UDP port of a pod that its DNS queries are sent to.
+pub const DNS_PORT: u16 = mesh_common::code::port::DNS;
 
 /// A pod as the node knows it. Strings are empty while unknown.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -132,6 +135,8 @@ pub struct LocalPod {
     pub inbound_plain: Vec<TcpListener>,
     /// On 15008: HBONE.
     pub inbound_hbone: Vec<TcpListener>,
+    /// UDP on 15053: DNS. Empty when the pod's queries are left alone.
+    pub dns: Vec<UdpSocket>,
 }
 
 /// The rest of the daemon, as enrolment sees it.

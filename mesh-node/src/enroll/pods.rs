@@ -46,6 +46,8 @@ pub struct Limits {
     pub capture: Duration,
     /// Time between two looks for pods that have vanished or whose capture failed.
     pub sweep: Duration,
+    /// Whether pods get a socket for DNS.
+    pub dns: bool,
 }
 
 impl Default for Limits {
@@ -55,6 +57,7 @@ impl Default for Limits {
             decide: Duration::from_secs(20),
             capture: Duration::from_secs(10),
             sweep: Duration::from_secs(10),
+            dns: true,
         }
     }
 }
@@ -548,9 +551,9 @@ impl<M: Mesh> Enroller<M> {
             return Err(EnrollError::NoAddress { pod: Box::new(info) });
         }
         let listeners = match slot.take_handed() {
-            Some(listeners) => listeners,
+            Some(handed) => listeners::with_dns(handed, &info, &slot.netns, self.limits.dns),
             None => loop {
-                match listeners::open(&info, &slot.netns) {
+                match listeners::open(&info, &slot.netns, self.limits.dns) {
                     Err(e) if listeners::not_yet(&e) && Instant::now() + ADDR_RETRY < deadline => {
                         sleep(ADDR_RETRY).await;
                     }
@@ -566,6 +569,7 @@ impl<M: Mesh> Enroller<M> {
             outbound: listeners.outbound,
             inbound_plain: listeners.inbound_plain,
             inbound_hbone: listeners.inbound_hbone,
+            dns: listeners.dns,
         };
         slot.taken.store(true, Relaxed);
         match timeout(self.limits.capture, self.mesh.capture(pod)).await {

@@ -94,6 +94,7 @@ pub struct Metrics {
     xds_resources: Family<Resource, Counter>,
     /// In-kernel connections.
     pub fast_path: FastPath,
+    dns_seconds: Histogram,
 }
 
 impl fmt::Debug for Metrics {
@@ -131,6 +132,8 @@ impl Metrics {
             reconcile_seconds,
             xds_resources: Family::default(),
             fast_path: FastPath::default(),
+            // From 250 us to about 4 s.
+            dns_seconds: Histogram::new(exponential_buckets(2.5e-4, 4.0, 8)),
             registry: Mutex::default(),
         };
         let r = &mut registry;
@@ -145,6 +148,8 @@ impl Metrics {
         let help = "xDS resources received, by what became of them";
         r.register("nodemesh_xds_resources", help, m.xds_resources.clone());
         m.fast_path.register(r);
+        let help = "Time that nameservers took for queries that were passed on to them";
+        r.register("nodemesh_dns_forward_seconds", help, m.dns_seconds.clone());
         Self { registry: Mutex::new(registry), ..m }
     }
 
@@ -178,6 +183,11 @@ impl Metrics {
     pub fn refusals(&self) -> Vec<((&'static str, &'static str), u64)> {
         let totals = self.refusal_totals.lock().unwrap_or_else(PoisonError::into_inner);
         totals.iter().map(|(key, n)| (*key, *n)).collect()
+    }
+
+    /// Counts a DNS query that a nameserver answered.
+    pub fn dns_forwarded(&self, took: Duration) {
+        self.dns_seconds.observe(took.as_secs_f64());
     }
 
     /// Counts an enrolment operation (`add`, `del`, `check`, `scan`, ...); both strings are from fixed sets.

@@ -5,6 +5,7 @@
 //! - [`socket`]: listening and dialling inside a namespace
 //! - [`links`]: the addresses that a namespace has
 //! - [`diag`]: the sockets that a namespace has, and their end
+//! - [`udpdiag`]: the UDP socket that a datagram came from
 //! - [`unix`]: Unix sockets for root only
 //! - [`fdpass`]: messages with a file descriptor over a Unix socket
 //!
@@ -18,6 +19,7 @@ pub mod socket;
 mod sys;
 #[cfg(test)]
 pub(crate) mod testing;
+pub mod udpdiag;
 pub mod unix;
 
 /// Raises this process's limit on descriptors (RLIMIT_NOFILE) to the hard one and returns it.
@@ -27,3 +29,4 @@ pub fn raise_descriptor_limit() -> std::io::Result<u64> {
 
 pub use ns::{NetNs, NetNsError, NsId};
 pub use socket::{Dialing, accept_from, reset_on_close};
+pub use udpdiag::UdpClient;

@@ -9,7 +9,7 @@ use socket2::{Domain, Protocol, SockAddr, Socket, TcpKeepalive, Type};
 use std::{
     future::Future,
     io,
-    net::{IpAddr, SocketAddr, TcpListener},
+    net::{IpAddr, SocketAddr, TcpListener, UdpSocket},
     os::fd::{AsFd, BorrowedFd},
     pin::Pin,
     task::{Context, Poll},
@@ -62,6 +62,34 @@ impl NetNs {
         before_connect(socket.as_fd())?;
         let socket = TcpSocket::from_std_stream(socket.into());
         Ok(Dialing(Box::pin(async move { socket.connect(to).await })))
+    }
+
+    /// A datagram socket at `addr` inside the namespace; it does not block.
+    pub fn bind_udp(&self, addr: SocketAddr) -> io::Result<UdpSocket> {
+        let socket = self.udp_socket(addr.ip())?;
+        socket.bind(&SockAddr::from(addr))?;
+        Ok(socket.into())
+    }
+
+    /// A datagram socket inside the namespace that exchanges datagrams with `to` alone, from a random port of the
+    /// address `from`.
+    pub fn dial_udp(&self, from: Option<IpAddr>, to: SocketAddr) -> io::Result<tokio::net::UdpSocket> {
+        let socket = self.udp_socket(to.ip())?;
+        if let Some(ip) = from {
+            socket.bind(&SockAddr::from(SocketAddr::new(ip, 0)))?;
+        }
+        socket.connect(&SockAddr::from(to))?;
+        tokio::net::UdpSocket::from_std(socket.into())
+    }
+
+    fn udp_socket(&self, ip: IpAddr) -> io::Result<Socket> {
+        let domain = if ip.is_ipv4() { Domain::IPV4 } else { Domain::IPV6 };
+        let kind = Type::DGRAM.nonblocking().cloexec();
+        let socket = self.run(|| Socket::new_raw(domain, kind, Some(Protocol::UDP)))??;
+        if ip.is_ipv6() {
+            socket.set_only_v6(true)?;
+        }
+        Ok(socket)
     }
 
     fn tcp_socket(&self, ip: IpAddr) -> io::Result<Socket> {

@@ -9,7 +9,7 @@ mod affinity;
 pub use affinity::Affinity;
 
 use crate::{
-    bpf::{SocketMeta, Verdicts},
+    bpf::{OriginalDst, SocketMeta, Verdicts},
     drain::Drain,
     hbone::{
         Baggage, Connect, Dialer, Forwarded, HboneError, HboneStream, Pool, PoolKey, Target as HboneTarget,
@@ -143,7 +143,13 @@ impl Dialer for PodDialer {
 }
 
 impl Outbound {
-    /// Serves one accepted connection of `pod`; `pool` is the worker's.
+    /// What the application dialled, of an accepted connection.
+    pub fn original_dst(&self, stream: &TcpStream) -> io::Result<Option<OriginalDst>> {
+        use std::os::fd::AsFd;
+        self.meta.original_dst(stream.as_fd())
+    }
+
+    /// Serves one accepted connection of `pod` to what was `dialled`; `pool` is the worker's.
     /// Until it is joined to its destination it counts as `begun`.
     pub async fn serve(
         &self,
@@ -151,6 +157,7 @@ impl Outbound {
         pod: Arc<LocalPod>,
         stream: TcpStream,
         client: SocketAddr,
+        dialled: io::Result<Option<OriginalDst>>,
         begun: SettingUp,
     ) {
         let world = self.store.world();
@@ -166,7 +173,7 @@ impl Outbound {
         let upstream = match &mut slot {
             // In a box, so that a connection that idles does not hold the room that its beginning needed.
             Ok(slot) => {
-                Box::pin(self.upstream(&mut record, pool, &pod, &stream, client)).await.and_then(|up| {
+                Box::pin(self.upstream(&mut record, pool, &pod, dialled, client)).await.and_then(|up| {
                     // A tunnel is shared by many; every other connection has a socket of its own.
                     let own = usize::from(!matches!(up, Upstream::Hbone(_)));
                     slot.more(own).map(|()| up).map_err(OutboundError::Overloaded)
@@ -193,11 +200,10 @@ impl Outbound {
         record: &mut Connection,
         pool: &Pool,
         pod: &Arc<LocalPod>,
-        stream: &TcpStream,
+        dialled: io::Result<Option<OriginalDst>>,
         client: SocketAddr,
     ) -> Result<Upstream, OutboundError> {
-        use std::os::fd::AsFd;
-        let dst = match self.meta.original_dst(stream.as_fd()) {
+        let dst = match dialled {
             Ok(Some(found)) => found,
             Ok(None) => return Err(OutboundError::NoOriginalDestination(None)),
             Err(error) => return Err(OutboundError::NoOriginalDestination(Some(error))),

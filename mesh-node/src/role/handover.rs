@@ -195,6 +195,8 @@ impl Outgoing {
                     (listening.outbound.len(), listening.inbound_plain.len(), listening.inbound_hbone.len());
                 let all = [&listening.outbound, &listening.inbound_plain, &listening.inbound_hbone];
                 fds.extend(all.into_iter().flatten().map(|listener| listener.as_fd()));
+                pod.dns = listening.dns.len();
+                fds.extend(listening.dns.iter().map(|socket| socket.as_fd()));
             }
             channel.send(&Message::Pod { pod }, &fds)?;
         }

@@ -2,6 +2,7 @@
 
 use super::workers::Workers;
 use crate::{
+    dns::Dns,
     fair::Share,
     hbone::Pool,
     inbound::Inbound,
@@ -12,10 +13,10 @@ use crate::{
 use futures::FutureExt as _;
 use std::{
     io,
-    net::{SocketAddr, TcpListener as StdListener},
+    net::{SocketAddr, TcpListener as StdListener, UdpSocket as StdSocket},
     sync::Arc,
 };
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::{TcpListener, TcpStream, UdpSocket};
 use tokio_util::sync::CancellationToken;
 
 /// Everything an accepted connection is handed to.
@@ -28,6 +29,8 @@ pub struct Handlers {
     pub outbound: Outbound,
     /// The inbound side.
     pub inbound: Inbound,
+    /// DNS, unless it is switched off.
+    pub dns: Option<Dns>,
 }
 
 /// Connections that an accept loop takes in a row before others of the worker have their turn.
@@ -53,6 +56,8 @@ pub struct Listening {
     pub inbound_plain: Vec<Arc<TcpListener>>,
     /// On 15008.
     pub inbound_hbone: Vec<Arc<TcpListener>>,
+    /// UDP on 15053.
+    pub dns: Vec<Arc<UdpSocket>>,
 }
 
 impl Listening {
@@ -133,6 +138,24 @@ impl Handlers {
         Ok(shared)
     }
 
+    /// Serves one socket of a pod for DNS until `stop`. Returns it, for a successor to go on with.
+    pub fn datagrams(
+        &self,
+        pod: &Arc<LocalPod>,
+        socket: StdSocket,
+        stop: CancellationToken,
+    ) -> io::Result<Option<Arc<UdpSocket>>> {
+        let Some(dns) = self.dns.clone() else { return Ok(None) };
+        let home = usize::try_from(pod.cookie % self.workers.len() as u64).unwrap_or(0);
+        let worker = self.workers.handle(home);
+        let socket = {
+            let _worker = worker.enter();
+            Arc::new(UdpSocket::from_std(socket)?)
+        };
+        worker.spawn(Share::new(pod.cookie, dns.datagrams(pod.clone(), socket.clone(), stop)));
+        Ok(Some(socket))
+    }
+
     fn accepted(
         self: &Arc<Self>,
         home: usize,
@@ -173,7 +196,16 @@ impl Handlers {
         // Each in a box of its size: together they would all be as large as the largest.
         match begun {
             Begun::Outbound(begun) => {
-                Box::pin(self.outbound.serve(&self.pools[index], pod, stream, client, begun)).await;
+                let dialled = self.outbound.original_dst(&stream);
+                if let Some(dns) = &self.dns
+                    && let Ok(Some(found)) = &dialled
+                    && dns.takes(&pod, found.dialled)
+                {
+                    // It has limits of its own, and nothing to be joined to.
+                    drop(begun);
+                    return Box::pin(dns.stream(pod, stream, client, found.dialled)).await;
+                }
+                Box::pin(self.outbound.serve(&self.pools[index], pod, stream, client, dialled, begun)).await;
             }
             Begun::Plain(begun) => Box::pin(self.inbound.plain(pod, stream, client, begun)).await,
             Begun::Hbone(begun) => Box::pin(self.inbound.hbone(pod, stream, client, begun)).await,

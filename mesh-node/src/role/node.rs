@@ -24,6 +24,7 @@ use crate::{
     },
     bpf::{Datapath, DenyEvent, Feature, LoadOptions},
     config::{self, Config},
+    dns::{self, Dns},
     drain::Drain,
     enroll::{Enroller, Limits, Phase, scan::ScanConfig},
     hbone::{Pool, PoolLimits},
@@ -102,7 +103,7 @@ async fn serve(config: Config, log: LogFilter) -> anyhow::Result<()> {
     let mut datapath = load(&config, succession.as_mut())?;
     let (events, logs) = (datapath.take_events(), datapath.take_logs());
     let (heart, pulse, adopted) = (datapath.heartbeat(), datapath.pulse(), datapath.adopted());
-    let (meta, verdicts) = (datapath.sockets(), datapath.verdicts());
+    let (meta, nameservers, verdicts) = (datapath.sockets(), datapath.nameservers(), datapath.verdicts());
     let datapath = Arc::new(Mutex::new(datapath));
     if let Some(logs) = logs {
         tokio::spawn(logs);
@@ -140,7 +141,17 @@ async fn serve(config: Config, log: LogFilter) -> anyhow::Result<()> {
         drain: drain.clone(),
     };
     let affinity = outbound.affinity.clone();
-    let handlers = Arc::new(Handlers { workers, pools, outbound, inbound });
+    let dns = dns::Parts {
+        store: store.clone(),
+        node: node.clone(),
+        nameservers,
+        metrics: metrics.clone(),
+        drain: drain.clone(),
+        domain: config.args.cluster_domain.clone(),
+    };
+    let dns =
+        config.args.dns.then(|| Dns::new(dns).context("--cluster-domain is no domain name")).transpose()?;
+    let handlers = Arc::new(Handlers { workers, pools, outbound, inbound, dns });
 
     let (commands, queue) = mpsc::sync_channel(QUEUE);
     let synced = Arc::new(AtomicBool::new(false));
@@ -183,7 +194,8 @@ async fn serve(config: Config, log: LogFilter) -> anyhow::Result<()> {
         synced: synced.clone(),
         exempt: config.args.exempt_namespaces.clone(),
     });
-    let enroller = Enroller::new(mesh.clone(), metrics.clone(), Limits::default())?;
+    let enrol = Limits { dns: config.args.dns, ..Limits::default() };
+    let enroller = Enroller::new(mesh.clone(), metrics.clone(), enrol)?;
 
     let rejected = xds::Rejected::default();
     let mut kept_config = KeptConfig::open(&config);

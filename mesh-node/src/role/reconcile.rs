@@ -126,6 +126,7 @@ struct Captured {
     outbound_v4: Option<u16>,
     outbound_v6: Option<u16>,
     listening: Listening,
+    dns: bool,
     stop: CancellationToken,
 }
 
@@ -352,6 +353,7 @@ impl Reconcile {
             outbound_v4: port(true),
             outbound_v6: port(false),
             listening: Listening::default(),
+            dns: !new.dns.is_empty(),
             stop: CancellationToken::new(),
         };
         let result = self.take(new, &mut entry, captured);
@@ -394,6 +396,10 @@ impl Reconcile {
                 let shared = self.handlers.listen(pod, kind, listener, entry.stop.clone());
                 entry.listening.of(kind).push(shared.map_err(|e| CaptureError::Datapath(e.into()))?);
             }
+        }
+        for socket in new.dns {
+            let shared = self.handlers.datagrams(pod, socket, entry.stop.clone());
+            entry.listening.dns.extend(shared.map_err(|e| CaptureError::Datapath(e.into()))?);
         }
         let mut all: Vec<CapturedPod> = captured.values().map(Captured::desired).collect();
         all.push(entry.desired());
@@ -481,6 +487,7 @@ impl Captured {
             addrs: self.pod.addrs.clone(),
             outbound_v4: self.outbound_v4,
             outbound_v6: self.outbound_v6,
+            dns: self.dns,
             strict: strictness.all,
             port_strict: strictness.ports,
         }

@@ -2,6 +2,7 @@
 
 use super::{listeners::Handlers, view::View};
 use crate::{
+    dns::Dns,
     hbone::Pool,
     metrics::{Metrics, Sample},
     outbound::Affinity,
@@ -106,6 +107,9 @@ pub(super) fn sampled(
             Sample::new([("event", "evicted")], sum(|s| s.evicted)),
         ]
     });
+    if let Some(dns) = &handlers.dns {
+        sampled_dns(metrics, dns);
+    }
     let weak = Arc::downgrade(affinity);
     #[expect(clippy::cast_precision_loss, reason = "at most 65,536")]
     metrics.sample_gauges(
@@ -113,4 +117,19 @@ pub(super) fn sampled(
         "Clients with session affinity in the daemon",
         move || vec![Sample::new([], weak.upgrade().map_or(0.0, |a| a.len() as f64))],
     );
+}
+
+fn sampled_dns(metrics: &Metrics, dns: &Dns) {
+    let outcomes = dns.clone();
+    let help = "DNS queries of captured pods, by what became of them";
+    metrics.sample_counters("nodemesh_dns_queries", help, move || outcomes.outcomes());
+    let families = [
+        ("nodemesh_dns_cache_entries", "Answers of nameservers that are kept"),
+        ("nodemesh_dns_cache_bytes", "Bytes of these answers"),
+        ("nodemesh_dns_waiting", "DNS queries that wait for nameservers"),
+    ];
+    for (n, (name, help)) in families.into_iter().enumerate() {
+        let dns = dns.clone();
+        metrics.sample_gauges(name, help, move || vec![Sample::new([], dns.sizes()[n])]);
+    }
 }

@@ -9,7 +9,11 @@ use crate::{
 };
 use futures::{StreamExt as _, stream};
 use mesh_common::ABI_VERSION;
-use std::{net::TcpListener, os::fd::OwnedFd, sync::Arc};
+use std::{
+    net::{TcpListener, UdpSocket},
+    os::fd::OwnedFd,
+    sync::Arc,
+};
 
 /// Pods that are captured side by side.
 const PARALLEL: usize = 16;
@@ -84,7 +88,7 @@ impl Succession {
         for _ in 0..pods {
             let (pod, fds) = match self.channel.recv()? {
                 (Message::Pod { pod }, fds)
-                    if fds.len() == 1 + pod.outbound + pod.inbound_plain + pod.inbound_hbone =>
+                    if fds.len() == 1 + pod.outbound + pod.inbound_plain + pod.inbound_hbone + pod.dns =>
                 {
                     (pod, fds)
                 }
@@ -95,8 +99,9 @@ impl Succession {
             let mut take = |n| fds.by_ref().take(n).map(TcpListener::from).collect::<Vec<_>>();
             let (outbound, inbound_plain, inbound_hbone) =
                 (take(pod.outbound), take(pod.inbound_plain), take(pod.inbound_hbone));
+            let dns = fds.map(UdpSocket::from).collect();
             let listeners =
-                (!outbound.is_empty()).then_some(Listeners { outbound, inbound_plain, inbound_hbone });
+                (!outbound.is_empty()).then_some(Listeners { outbound, inbound_plain, inbound_hbone, dns });
             estate.pods.push(Inherited { info: pod.info(), netns, listeners });
         }
         Ok(estate)

@@ -47,6 +47,7 @@ pub(crate) fn service(name: &str, namespace: &str, vip: &str, ports: &[(u16, u16
                 app_protocol: Default::default(),
             })
             .collect(),
+        port_names: BTreeMap::new(),
         subject_alt_names: vec![],
         load_balancing: LoadBalancing::default(),
         session_affinity: None,
@@ -61,6 +62,6 @@ pub(crate) fn backs(mut workload: Workload, service: &Service) -> Workload {
         .iter()
         .map(|p| TargetPort { service_port: p.port, target_port: p.target_port })
         .collect();
-    workload.services.insert(service.key(), ServiceMembership { tcp, udp: vec![] });
+    workload.services.insert(service.key(), ServiceMembership { tcp, ..ServiceMembership::default() });
     workload
 }

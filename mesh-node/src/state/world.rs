@@ -21,6 +21,8 @@ pub struct World {
     by_address: Map<IpAddr, Vec<Arc<Workload>>>,
     by_pod: Map<NamespacedName, Arc<Workload>>,
     by_vip: Map<IpAddr, Vec<Arc<Service>>>,
+    /// By host name in lower case. Several namespaces may claim one outside of the cluster's domain.
+    by_host: Map<Arc<str>, Vec<Arc<Service>>>,
     /// Workload uids by the service key they back, sorted.
     members: Map<Arc<str>, Vec<Arc<str>>>,
 }
@@ -77,6 +79,16 @@ impl World {
             let port = service.ports.iter().find(|p| p.port == port && p.protocol == protocol)?;
             Some(ServicePortRef { service: service.clone(), port: *port })
         })
+    }
+
+    /// The services at a virtual address, on any port, in key order.
+    pub fn services_at(&self, vip: &IpAddr) -> &[Arc<Service>] {
+        self.by_vip.get(vip).map_or(&[], Vec::as_slice)
+    }
+
+    /// The services with a host name (in lower case; `*.example.com` for a wildcard), in key order.
+    pub fn services_by_host(&self, host: &str) -> &[Arc<Service>] {
+        self.by_host.get(host).map_or(&[], Vec::as_slice)
     }
 
     /// Whether an address is a service's, on any port.
@@ -158,6 +170,9 @@ impl World {
             let at = list.partition_point(|s| s.key() < key);
             list.insert(at, service.clone());
         }
+        let list = self.by_host.entry(host_key(&service)).or_default();
+        let at = list.partition_point(|s| s.key() < key);
+        list.insert(at, service.clone());
         self.services.insert(key.into(), service);
     }
 
@@ -166,6 +181,7 @@ impl World {
         for address in &old.addresses {
             remove_from(&mut self.by_vip, &address.ip, |s| s.key() == key);
         }
+        remove_from(&mut self.by_host, &host_key(&old), |s| s.key() == key);
         true
     }
 
@@ -178,6 +194,10 @@ impl World {
         self.policy_changes = self.generation;
         self.policies.remove(key).is_some()
     }
+}
+
+fn host_key(service: &Service) -> Arc<str> {
+    service.hostname.to_ascii_lowercase().into()
 }
 
 fn remove_from<K: Clone + Eq + std::hash::Hash, V: Clone>(

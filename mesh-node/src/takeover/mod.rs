@@ -132,6 +132,9 @@ pub struct Pod {
     pub inbound_plain: usize,
     /// Listeners on 15008.
     pub inbound_hbone: usize,
+    /// UDP sockets on 15053.
+    #[serde(default)]
+    pub dns: usize,
 }
 
 impl Pod {
@@ -146,6 +149,7 @@ impl Pod {
             outbound: 0,
             inbound_plain: 0,
             inbound_hbone: 0,
+            dns: 0,
         }
     }
 

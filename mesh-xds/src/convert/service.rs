@@ -10,7 +10,7 @@ use crate::model::{
 };
 use crate::wire::workload::load_balancing as lb;
 use crate::wire::{nodemesh as ext, workload as pb};
-use std::time::Duration;
+use std::{collections::BTreeMap, time::Duration};
 
 /// The wire form of a service.
 pub fn encode_service(s: &Service) -> pb::Service {
@@ -24,8 +24,12 @@ pub fn encode_service(s: &Service) -> pb::Service {
         ports: s
             .ports
             .iter()
-            .filter(|p| p.protocol == Protocol::Udp || p.app_protocol != AppProtocol::Unknown)
-            .map(extension_port)
+            .filter(|p| {
+                p.protocol == Protocol::Udp
+                    || p.app_protocol != AppProtocol::Unknown
+                    || s.port_names.contains_key(&(p.port, p.protocol))
+            })
+            .map(|p| extension_port(s, p))
             .collect(),
         session_affinity_timeout: s.session_affinity.map(|a| prost_types::Duration {
             seconds: i64::try_from(a.timeout.as_secs()).unwrap_or(i64::MAX),
@@ -71,7 +75,7 @@ pub fn encode_service(s: &Service) -> pb::Service {
     }
 }
 
-fn extension_port(p: &ServicePort) -> ext::ServicePort {
+fn extension_port(s: &Service, p: &ServicePort) -> ext::ServicePort {
     ext::ServicePort {
         port: p.port.into(),
         target_port: if p.protocol == Protocol::Udp { p.target_port.into() } else { 0 },
@@ -89,6 +93,7 @@ fn extension_port(p: &ServicePort) -> ext::ServicePort {
             AppProtocol::Tcp => ext::AppProtocol::OpaqueTcp,
         }
         .into(),
+        name: s.port_names.get(&(p.port, p.protocol)).cloned().unwrap_or_default(),
     }
 }
 
@@ -150,6 +155,7 @@ pub(super) fn from_wire(
     let ours: ext::ServiceExtension =
         extension(resource, &s.extensions, SERVICE_EXTENSION_TYPE)?.unwrap_or_default();
     let ports = ports(resource, &s.ports, &ours.ports, notes)?;
+    let port_names = port_names(&ports, &ours.ports);
     let session_affinity = ours
         .session_affinity_timeout
         .map(|d| {
@@ -174,6 +180,7 @@ pub(super) fn from_wire(
         hostname,
         addresses,
         ports,
+        port_names,
         subject_alt_names: s.subject_alt_names,
         load_balancing: s.load_balancing.map(|l| load_balancing(&l, notes)).unwrap_or_default(),
         session_affinity,
@@ -222,6 +229,20 @@ fn ports(
         }
     }
     Ok(ports)
+}
+
+/// The names of the ports that are there.
+fn port_names(ports: &[ServicePort], ours: &[ext::ServicePort]) -> BTreeMap<(u16, Protocol), String> {
+    let named = ours.iter().filter(|p| !p.name.is_empty()).filter_map(|p| {
+        let protocol = match ext::Transport::try_from(p.transport).ok()? {
+            ext::Transport::Tcp => Protocol::Tcp,
+            ext::Transport::Udp => Protocol::Udp,
+        };
+        let port =
+            ports.iter().find(|known| u32::from(known.port) == p.port && known.protocol == protocol)?;
+        Some(((port.port, protocol), p.name.clone()))
+    });
+    named.collect()
 }
 
 fn app_protocol(value: i32, notes: &mut Vec<Note>) -> AppProtocol {

@@ -28,7 +28,8 @@ fn target_ports() -> impl Strategy<Value = Vec<TargetPort>> {
 
 fn workload() -> impl Strategy<Value = Workload> {
     let place = (prop::collection::vec(ip(), 0..3), text(), text(), text(), (text(), text(), text()));
-    let membership = (target_ports(), target_ports()).prop_map(|(tcp, udp)| ServiceMembership { tcp, udp });
+    let membership = (target_ports(), target_ports(), text())
+        .prop_map(|(tcp, udp, hostname)| ServiceMembership { tcp, udp, hostname });
     let services = prop::collection::btree_map("[a-z]{1,3}/[a-z.]{1,6}", membership, 0..4);
     let labels = (text(), text(), text(), 0usize..4);
     let flags = (any::<bool>(), any::<bool>(), any::<bool>(), any::<bool>(), 1u32..9);
@@ -115,6 +116,10 @@ fn service() -> impl Strategy<Value = Service> {
     )
         .prop_map(|(n, ns, addresses, ports, load_balancing, affinity, subject_alt_names, maglev)| {
             Service {
+                // Every other port has a name.
+                port_names: (ports.iter().step_by(2))
+                    .map(|p| ((p.port, p.protocol), format!("p{}", p.port)))
+                    .collect(),
                 hostname: format!("{n}.{ns}.svc.cluster.local"),
                 name: NamespacedName::new(ns, n),
                 addresses: addresses

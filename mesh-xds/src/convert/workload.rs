@@ -26,10 +26,16 @@ pub fn encode_workload(w: &Workload) -> pb::Workload {
         .filter(|(_, m)| !m.udp.is_empty())
         .map(|(key, m)| (key.clone(), ext::UdpPortList { ports: m.udp.iter().map(udp_port).collect() }))
         .collect();
-    let extensions = if udp_services.is_empty() {
+    let hostnames: BTreeMap<_, _> = w
+        .services
+        .iter()
+        .filter(|(_, m)| !m.hostname.is_empty())
+        .map(|(key, m)| (key.clone(), m.hostname.clone()))
+        .collect();
+    let extensions = if udp_services.is_empty() && hostnames.is_empty() {
         Vec::new()
     } else {
-        let config = pack(WORKLOAD_EXTENSION_TYPE, &ext::WorkloadExtension { udp_services });
+        let config = pack(WORKLOAD_EXTENSION_TYPE, &ext::WorkloadExtension { udp_services, hostnames });
         vec![pb::Extension { name: EXTENSION_NAME.to_owned(), config: Some(config) }]
     };
     let l = &w.locality;
@@ -225,13 +231,20 @@ fn services(
             .collect::<Result<_, _>>()?;
     }
     let ours: Option<ext::WorkloadExtension> = extension(resource, extensions, WORKLOAD_EXTENSION_TYPE)?;
-    for (key, list) in ours.unwrap_or_default().udp_services {
+    let ours = ours.unwrap_or_default();
+    for (key, list) in ours.udp_services {
         let key = required(resource, "nodemesh.udp_services", key)?;
         services.entry(key).or_default().udp = list
             .ports
             .iter()
             .map(|p| target_port(resource, "nodemesh.udp_services", p.service_port, p.target_port))
             .collect::<Result<_, _>>()?;
+    }
+    for (key, hostname) in ours.hostnames {
+        // A name within a service that it does not back means nothing.
+        if let Some(membership) = services.get_mut(&key) {
+            membership.hostname = hostname;
+        }
     }
     Ok(services)
 }

@@ -2,7 +2,7 @@
 /// On istio.workload.Service.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct ServiceExtension {
-    /// Every UDP port, and the TCP ports whose application protocol is known.
+    /// Every UDP port, and the TCP ports whose application protocol or name is known.
     #[prost(message, repeated, tag = "1")]
     pub ports: ::prost::alloc::vec::Vec<ServicePort>,
     /// ClientIP session affinity; absent when off.
@@ -12,7 +12,7 @@ pub struct ServiceExtension {
     #[prost(enumeration = "LoadBalancer", tag = "3")]
     pub load_balancer: i32,
 }
-#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct ServicePort {
     #[prost(uint32, tag = "1")]
     pub port: u32,
@@ -23,6 +23,9 @@ pub struct ServicePort {
     pub transport: i32,
     #[prost(enumeration = "AppProtocol", tag = "4")]
     pub app_protocol: i32,
+    /// For SRV records; empty for a port without a name.
+    #[prost(string, tag = "5")]
+    pub name: ::prost::alloc::string::String,
 }
 /// On istio.workload.Workload.
 #[derive(Clone, PartialEq, ::prost::Message)]
@@ -32,6 +35,12 @@ pub struct WorkloadExtension {
     pub udp_services: ::prost::alloc::collections::BTreeMap<
         ::prost::alloc::string::String,
         UdpPortList,
+    >,
+    /// Its host names within services, by NAMESPACE/HOSTNAME of the service.
+    #[prost(btree_map = "string, string", tag = "2")]
+    pub hostnames: ::prost::alloc::collections::BTreeMap<
+        ::prost::alloc::string::String,
+        ::prost::alloc::string::String,
     >,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]

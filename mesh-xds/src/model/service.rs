@@ -1,7 +1,7 @@
 //! Services: virtual addresses, ports and how their endpoints are balanced.
 
 use super::NamespacedName;
-use std::{net::IpAddr, time::Duration};
+use std::{collections::BTreeMap, net::IpAddr, time::Duration};
 
 /// Transport protocol of a service port.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -121,6 +121,8 @@ pub struct Service {
     pub addresses: Vec<ServiceAddress>,
     /// All ports, TCP and UDP.
     pub ports: Vec<ServicePort>,
+    /// The names of those ports that have one, for SRV records; by number and protocol.
+    pub port_names: BTreeMap<(u16, Protocol), String>,
     /// Extra identities that its endpoints may have, as SPIFFE URIs.
     pub subject_alt_names: Vec<String>,
     /// Locality preference.

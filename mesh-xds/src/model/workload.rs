@@ -64,6 +64,8 @@ pub struct ServiceMembership {
     pub tcp: Vec<TargetPort>,
     /// UDP ports (on the wire: a nodemesh extension, since Istio's form is TCP only).
     pub udp: Vec<TargetPort>,
+    /// The workload's host name within the service (`HOSTNAME.SERVICE.NAMESPACE.svc...`); empty for none.
+    pub hostname: String,
 }
 
 /// A workload as the mesh knows it.

@@ -9,6 +9,7 @@ mod capture;
 mod chaos;
 mod coexist;
 mod crash;
+mod dns;
 mod enrolment;
 mod harness;
 mod limits;

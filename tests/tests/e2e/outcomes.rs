@@ -153,7 +153,7 @@ fn udp_is_balanced_connected_and_unconnected() -> Result<()> {
     let client = cluster.pod("shop/web-0")?;
     for target in [vip::QUOTES, vip::QUOTES_V6] {
         for kind in ["", "--fresh", "--connected", "--connected --fresh"] {
-            let report = client.udp(&format!("--to {target}:53 --n 2000 --threads 4 {kind}"))?;
+            let report = client.udp(&format!("--to {target}:5300 --n 2000 --threads 4 {kind}"))?;
             assert_right(&format!("{target} {kind}"), &report, 2000);
             if kind.contains("fresh") {
                 assert_eq!(report.by_backend.len(), 3, "{target} {kind}: {report:?}");
@@ -161,7 +161,8 @@ fn udp_is_balanced_connected_and_unconnected() -> Result<()> {
         }
     }
     for kind in ["", "--fresh", "--connected", "--connected --fresh"] {
-        let report = client.udp(&format!("--to {}:53 --n 1000 --threads 4 --mapped {kind}", vip::QUOTES))?;
+        let report =
+            client.udp(&format!("--to {}:5300 --n 1000 --threads 4 --mapped {kind}", vip::QUOTES))?;
         assert_right(&format!("mapped {kind}"), &report, 1000);
     }
     Ok(())

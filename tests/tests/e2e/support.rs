@@ -8,9 +8,9 @@ use std::{path::PathBuf, time::Duration};
 pub(crate) mod vip {
     /// Pods cart-0 (node-a), cart-1 and cart-2 (node-b), in the mesh.
     pub(crate) const CART: &str = "10.96.0.10";
-    /// UDP port 53 of the same pods.
+    /// UDP port 5300 of the same pods.
     pub(crate) const QUOTES: &str = "10.96.0.11";
-    /// UDP port 53 of the same pods, IPv6.
+    /// UDP port 5300 of the same pods, IPv6.
     pub(crate) const QUOTES_V6: &str = "[fd00:10:96::b]";
     /// Pod db-0 on node-a, in the mesh.
     pub(crate) const DB: &str = "10.96.0.12";

@@ -14,7 +14,7 @@ const LAYERS: [&[&str]; 10] = [
     &["outcome"],
     &["inbound"],
     // Above `inbound`: for a destination on the same node it calls the other half without a network in between.
-    &["outbound"],
+    &["outbound", "dns"],
     &["role"],
 ];
 

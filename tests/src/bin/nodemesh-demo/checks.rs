@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 /// Virtual addresses of the quickstart services.
 const CART: &str = "10.96.0.10:80";
-const QUOTES_V6: &str = "[fd00:10:96::b]:53";
+const QUOTES_V6: &str = "[fd00:10:96::b]:5300";
 const DB: &str = "10.96.0.12:80";
 const PAY: &str = "10.96.0.13:80";
 const PAY_ECHO: &str = "10.96.0.13:9001";

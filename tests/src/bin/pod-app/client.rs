@@ -16,7 +16,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-fn target(to: SocketAddr, mapped: bool) -> SocketAddr {
+pub(crate) fn target(to: SocketAddr, mapped: bool) -> SocketAddr {
     match to.ip() {
         IpAddr::V4(ip) if mapped => (ip.to_ipv6_mapped(), to.port()).into(),
         _ => to,

@@ -7,6 +7,7 @@ mod bulk;
 mod client;
 mod crowd;
 mod options;
+mod resolve;
 mod server;
 
 use anyhow::Result;
@@ -25,6 +26,8 @@ fn main() -> Result<()> {
         Command::Udp(args) => serde_json::to_string(&client::udp(&args)?)?,
         Command::Bulk(args) => serde_json::to_string(&bulk::client(&args)?)?,
         Command::Dial(args) => client::dial(&args)?,
+        Command::Resolve(args) => serde_json::to_string(&resolve::resolve(&args)?)?,
+        Command::Exchange(args) => serde_json::to_string(&resolve::exchange(&args)?)?,
         Command::Hold(args) => serde_json::to_string(&client::hold(&args)?)?,
     };
     println!("{report}");

@@ -32,6 +32,10 @@ pub(crate) enum Command {
     Bulk(Bulk),
     /// Open one connection, send one line or nothing, print what comes back.
     Dial(Dial),
+    /// Look a name up with the C library's resolver, under a resolv.conf of one's own.
+    Resolve(Resolve),
+    /// Send DNS messages as they are given and print what comes back.
+    Exchange(Exchange),
     /// Keep one connection to an `echo` server (UDP: to a `who` server) busy for as long as a file exists, and verify each line.
     Hold(Hold),
 }
@@ -162,6 +166,49 @@ pub(crate) struct Bulk {
     /// The client reads at most this many bytes per second; 0 = as fast as it can.
     #[arg(long, default_value_t = 0)]
     pub(crate) read_rate: u64,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Resolve {
+    /// Nameservers, in order.
+    #[arg(long, required = true)]
+    pub(crate) nameserver: Vec<std::net::IpAddr>,
+    /// Search domains, in order.
+    #[arg(long)]
+    pub(crate) search: Vec<String>,
+    /// Names with fewer dots are looked up in the search domains first.
+    #[arg(long, default_value_t = 5)]
+    pub(crate) ndots: u8,
+    /// More options of resolv.conf.
+    #[arg(long)]
+    pub(crate) option: Vec<String>,
+    /// The name.
+    pub(crate) name: String,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Exchange {
+    /// Where to send every message to.
+    #[arg(long, required = true)]
+    pub(crate) to: Vec<SocketAddr>,
+    /// A message in hexadecimal.
+    #[arg(long)]
+    pub(crate) hex: Vec<String>,
+    /// How many answers to wait for; as many as messages are sent if not given.
+    #[arg(long)]
+    pub(crate) answers: Option<usize>,
+    /// Over one TCP connection.
+    #[arg(long)]
+    pub(crate) tcp: bool,
+    /// `connect()` the UDP socket first.
+    #[arg(long)]
+    pub(crate) connected: bool,
+    /// Send to an IPv4 address from an IPv6 socket.
+    #[arg(long)]
+    pub(crate) mapped: bool,
+    /// Milliseconds to wait for each answer.
+    #[arg(long, default_value_t = 8000)]
+    pub(crate) timeout: u64,
 }
 
 #[derive(Debug, Args)]

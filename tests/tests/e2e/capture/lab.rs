@@ -147,6 +147,7 @@ impl<'a> Lab<'a> {
             addrs: addrs.to_vec(),
             outbound_v4: Some(outbound[0].local_addr()?.port()),
             outbound_v6: Some(outbound[1].local_addr()?.port()),
+            dns: false,
             strict,
             port_strict: BTreeMap::new(),
         });
