@@ -200,11 +200,10 @@ impl Datapath {
         let listeners = other(map::LISTENERS)?;
         let old_listeners = other(map::OLD_LISTENERS)?;
         let direct_stats = other(map::DIRECT_STATS)?;
-        let nameservers =
-            Nameservers::new(Arc::new(other(map::NAMESERVERS)?), Arc::new(other(map::UDP_FLOWS)?));
         let orig_dst = other(map::ORIG_DST)?;
         let client = other(map::CLIENT)?;
-        let (socket_flow, udp_flows) = (other(map::SOCKET_FLOW)?, other(map::UDP_FLOWS)?);
+        let (socket_flow, udp_flows) = (other(map::SOCKET_FLOW)?, Arc::new(other(map::UDP_FLOWS)?));
+        let nameservers = Nameservers::new(Arc::new(other(map::NAMESERVERS)?), udp_flows.clone());
         let counters = PerCpuArray::try_from(Map::PerCpuArray(loaded.data(map::COUNTERS)?))
             .map_err(|source| map_error(map::COUNTERS, source))?;
         let events = RingBuf::try_from(Map::RingBuf(loaded.data(map::EVENTS)?))
@@ -236,12 +235,7 @@ impl Datapath {
             config,
             counters,
             direct_stats,
-            sockets: SocketMeta::new(
-                Arc::new(orig_dst),
-                Arc::new(client),
-                Arc::new(socket_flow),
-                Arc::new(udp_flows),
-            ),
+            sockets: SocketMeta::new(Arc::new(orig_dst), Arc::new(client), Arc::new(socket_flow), udp_flows),
             daemons,
             nameservers,
             heartbeat,

@@ -7,6 +7,7 @@
 
 use crate::{
     bpf::{BalancedSocket, DirectStat, SocketMeta},
+    enroll::DNS_PORT,
     local::{LocalPod, Locals},
     metrics::Metrics,
     plan::still_backs,
@@ -158,6 +159,13 @@ impl Backends {
                 let mut failed = Ok(());
                 let sockets =
                     diag.udp(|socket| match self.meta.udp_service(socket.cookie(), socket.remote) {
+                        // The daemon's own socket for DNS is no backend.
+                        Ok(_)
+                            if socket.remote.port() == DNS_PORT
+                                && pod.addrs.contains(&socket.remote.ip()) =>
+                        {
+                            false
+                        }
                         Ok(balanced) => balanced.is_some_and(|socket| gone(&socket)),
                         Err(error) => {
                             failed = Err(error);

@@ -218,7 +218,10 @@ fn dead_nameservers_do_not_stop_mesh_names_and_each_one_of_several_is_asked() ->
 
     // A client that sends again is sent again.
     let again = hex(&query("again.silent.test", RecordType::A, 11))?;
-    exchange(pod, &format!("--to {other}:53 --connected --hex {again} --hex {again} --timeout 300"))?;
+    exchange(
+        pod,
+        &format!("--to {other}:53 --connected --hex {again} --hex {again} --answers 1 --timeout 3000"),
+    )?;
     wait::until_true("the second copy", PROPAGATION, || Ok(good.asked("again.silent.test.").len() == 2))?;
     ensure!(dead.asked("again.silent.test.").is_empty(), "it went to another nameserver");
     Ok(())
