@@ -228,7 +228,7 @@ mod tests {
     fn a_connection_is_small() {
         // An idle connection is this, its sockets' state in the runtime, and its stream's in h2.
         let outbound = size(|h, pod, stream, client, _, begun| {
-            h.outbound.serve(&h.pools[0], pod, stream, client, begun)
+            h.outbound.serve(&h.pools[0], pod, stream, client, Ok(None), begun)
         });
         let plain = size(|h, pod, stream, client, _, begun| h.inbound.plain(pod, stream, client, begun));
         let hbone = size(|h, pod, stream, client, begun, _| h.inbound.hbone(pod, stream, client, begun));
