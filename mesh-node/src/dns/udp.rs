@@ -13,6 +13,7 @@ use super::{
 use crate::local::LocalPod;
 use hickory_proto::op::ResponseCode;
 use mesh_xds::model::Protocol;
+use socket2::SockRef;
 use std::{
     collections::HashMap,
     io,
@@ -156,7 +157,8 @@ impl Listener {
                 None => {
                     for asked in asked.iter().filter(|asked| asked.server == server) {
                         // Lost like any datagram if the buffer is full; the client will come again.
-                        let _ = asked.socket.try_send(message);
+                        // Not through the runtime, which may not have seen yet that the socket is writable.
+                        let _ = SockRef::from(&*asked.socket).send(message);
                     }
                     return;
                 }
