@@ -13,7 +13,7 @@ use anyhow::{Context, Result, ensure};
 use mesh_tests::{
     app::{ConnectsReport, ports},
     cluster::{Cluster, Pod},
-    daemons::NodeOptions,
+    daemons::{NodeDaemon, NodeOptions},
     faults,
     fixture::PodSpec,
     relay::Relay,
@@ -140,6 +140,8 @@ struct Chaos {
     extra: Vec<PodSpec>,
     made: u32,
     denied: bool,
+    /// Daemons that were taken over from, until the last of their connections ends.
+    draining: Vec<NodeDaemon>,
     story: Vec<String>,
     counts: BTreeMap<&'static str, u32>,
 }
@@ -162,6 +164,7 @@ impl Chaos {
             extra: vec![],
             made: 0,
             denied: false,
+            draining: vec![],
             story: vec![],
             counts: BTreeMap::new(),
         })
@@ -179,9 +182,10 @@ impl Chaos {
             0..40 if !self.extra.is_empty() => ("pod removed", self.remove_pod()),
             0..55 => ("policy changed", self.change_policy()),
             55..64 => ("daemon killed", self.restart_daemon(true)),
-            64..70 => ("daemon stopped", self.restart_daemon(false)),
-            70..80 => ("control plane away", self.control_away()),
-            80..90 => ("packets lost", self.loss()),
+            64..68 => ("daemon stopped", self.restart_daemon(false)),
+            68..74 => ("daemon upgraded", self.upgrade_daemon()),
+            74..82 => ("control plane away", self.control_away()),
+            82..91 => ("packets lost", self.loss()),
             _ => ("packets delayed", self.delay()),
         };
         *self.counts.entry(what).or_default() += 1;
@@ -261,6 +265,13 @@ impl Chaos {
         self.cluster.start_node(name, &NodeOptions::default())
     }
 
+    fn upgrade_daemon(&mut self) -> Result<()> {
+        let name = self.node();
+        let old = self.cluster.take_over(name, &NodeOptions::default())?;
+        self.draining.push(old);
+        Ok(())
+    }
+
     fn control_away(&mut self) -> Result<()> {
         self.cluster.control.as_mut().context("control")?.proc.kill()?;
         let pause = self.random.random_range(500..3000);
@@ -317,6 +328,11 @@ impl Chaos {
                 Ok(cart(&self.cluster, client, vip, 20)?.all_right(20))
             })?;
             assert_right(&format!("{client} -> {vip}, healed"), &cart(&self.cluster, client, vip, 100)?, 100);
+        }
+        for mut daemon in self.draining.drain(..) {
+            wait::until_true("a daemon that was taken over from to end", PROPAGATION * 2, || {
+                Ok(daemon.proc.ended()?.is_some())
+            })?;
         }
         let guest = cart(&self.cluster, "shop/guest-0", vip::DB, 20)?;
         ensure!(guest.by_backend.is_empty() == self.denied, "the policy of db is not in force: {guest:?}");
