@@ -2,7 +2,7 @@
 
 use super::{address, created, port, protocol};
 use crate::{
-    object::{ContainerPort, Enrol, Labels, Namespace, Node, Object, ObjectKey, Pod},
+    object::{ContainerPort, Enrol, Labels, Namespace, Node, Object, ObjectKey, Pod, PodHostname},
     report::{FieldPath, Issue},
 };
 use k8s_openapi::api::core::v1;
@@ -116,8 +116,10 @@ pub(super) fn pod(key: &ObjectKey, raw: v1::Pod, issues: &mut Vec<Issue>) -> Opt
         created,
         node,
         service_account,
-        hostname: spec.hostname.clone().unwrap_or_default(),
-        subdomain: spec.subdomain.clone().unwrap_or_default(),
+        hostname: match (spec.hostname.clone(), spec.subdomain.clone()) {
+            (Some(hostname), Some(subdomain)) => Some(Box::new(PodHostname { hostname, subdomain })),
+            _ => None,
+        },
         host_network,
         ready: ready.is_some_and(|c| c.status == "True"),
         terminating: meta.deletion_timestamp.is_some(),

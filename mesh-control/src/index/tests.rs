@@ -657,3 +657,26 @@ mod history {
         all
     }
 }
+
+#[test]
+fn host_names_and_port_names_reach_dns() {
+    let pod = |name: &str, ip: &str, extra: &str| {
+        format!(
+            "\n---\napiVersion: v1\nkind: Pod\nmetadata: {{name: {name}, namespace: shop, labels: {{app: db}}}}\n\
+             spec: {{nodeName: n1, {extra}containers: [{{name: c}}]}}\n\
+             status: {{podIP: {ip}, conditions: [{{type: Ready, status: \"True\"}}]}}\n"
+        )
+    };
+    let yaml =
+        "apiVersion: v1\nkind: Service\nmetadata: {name: db, namespace: shop}\nspec:\n  clusterIP: None\n  \
+                selector: {app: db}\n  ports: [{name: sql, port: 5432}]\n"
+            .to_owned()
+            + &pod("db-0", "10.0.0.1", "hostname: db-0, subdomain: db, ")
+            + &pod("db-1", "10.0.0.2", "hostname: db-1, subdomain: other, ")
+            + &pod("db-2", "10.0.0.3", "");
+    let snapshot = index(&yaml).snapshot();
+    let key = "shop/db.shop.svc.cluster.local";
+    let hostname = |pod: &str| workload(&snapshot, pod).services[key].hostname.clone();
+    assert_eq!(["shop/db-0", "shop/db-1", "shop/db-2"].map(hostname), ["db-0", "", ""]);
+    assert_eq!(snapshot.services()[key].port_names[&(5432, Protocol::Tcp)], "sql");
+}

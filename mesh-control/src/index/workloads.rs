@@ -116,7 +116,8 @@ impl Index {
                 Some((p.protocol, TargetPort { service_port: p.port, target_port: target }))
             });
             // What the slices of the API server would say.
-            let hostname = if pod.subdomain == name.name { pod.hostname.as_str() } else { "" };
+            let named = pod.hostname.as_ref().filter(|h| h.subdomain == name.name);
+            let hostname = named.map_or("", |h| h.hostname.as_str());
             self.join(&mut backing, name, service, hostname, ports);
         }
         // By slice.

@@ -293,6 +293,15 @@ pub struct ContainerPort {
     pub protocol: Protocol,
 }
 
+/// By which name a pod is found below a service.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PodHostname {
+    /// `spec.hostname`.
+    pub hostname: String,
+    /// `spec.subdomain`: the service.
+    pub subdomain: String,
+}
+
 /// A pod.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Pod {
@@ -308,10 +317,8 @@ pub struct Pod {
     pub node: String,
     /// Its service account.
     pub service_account: String,
-    /// `spec.hostname`; empty when not said.
-    pub hostname: String,
-    /// `spec.subdomain`: the service within which the host name counts; empty when not said.
-    pub subdomain: String,
+    /// Its host name within a service, if it says both. Rare, so in a box.
+    pub hostname: Option<Box<PodHostname>>,
     /// Shares the node's network namespace.
     pub host_network: bool,
     /// Its addresses; empty until it has one.

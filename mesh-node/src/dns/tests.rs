@@ -338,7 +338,8 @@ fn answer_to(asked: &[u8], ttl: u32, kind: ResponseCode) -> Vec<u8> {
 #[test]
 fn an_upstream_answer_has_to_fit_its_query() {
     let asked = wire("example.com", RecordType::A, None);
-    let end = Some(read(&asked).question_end);
+    let length = read(&asked).question_end;
+    let end = Some(length);
     let good = answer_to(&asked, 60, ResponseCode::NoError);
     let with = |at: usize, byte: u8| {
         let mut message = good.clone();
@@ -352,7 +353,7 @@ fn an_upstream_answer_has_to_fit_its_query() {
         ("a query", with(2, 1)),
         ("another operation", with(2, 0xa0)),
         ("another name", with(13, b'f')),
-        ("another type", with(end.unwrap() - 3, 28)),
+        ("another type", with(length - 3, 28)),
         ("two questions", with(5, 2)),
         ("no question and no error", with(5, 0)),
         ("cut off", good[..11].to_vec()),

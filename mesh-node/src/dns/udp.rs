@@ -40,9 +40,11 @@ struct Listener {
     socket: Arc<UdpSocket>,
     addr: SocketAddr,
     /// By client and message, with the nameservers asked. Bounded by the places.
-    waiting: Mutex<HashMap<(SocketAddr, Box<[u8]>), Vec<Asked>>>,
+    waiting: Mutex<Waiting>,
     places: Arc<Semaphore>,
 }
+
+type Waiting = HashMap<(SocketAddr, Box<[u8]>), Vec<Asked>>;
 
 struct Asked {
     server: SocketAddr,
