@@ -22,10 +22,7 @@ use mesh_common::{
 /// is there to answer; else 0. TCP goes to the listener for all connections, and is told apart by its original destination.
 #[inline(never)]
 pub(crate) fn capture(ctx: &SockAddrContext, pod: &value::Pod, ip_proto: u8, dst: &Endpoint) -> u16 {
-    let mut to = match decide::dns(pod, dst) {
-        Some(socket) => socket,
-        None => return 0,
-    };
+    let Some(mut to) = decide::dns(pod, dst) else { return 0 };
     let udp = ip_proto == proto::UDP;
     if !udp {
         to.port = if to.addr.is_v4() { pod.outbound_v4 } else { pod.outbound_v6 };
