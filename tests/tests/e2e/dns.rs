@@ -199,6 +199,9 @@ fn dead_nameservers_do_not_stop_mesh_names_and_each_one_of_several_is_asked() ->
         let found = resolve(pod, &format!("--nameserver {v4} {SEARCH} {name}"))?;
         assert_eq!(found.addresses.len(), 2, "{name}: {found:?}");
     }
+    let missing = hex(&query("cart.shop.shop.svc.cluster.local", RecordType::A, 8))?;
+    let told = exchange(pod, &format!("--to {v4}:53 --hex {missing} --timeout 4000"))?;
+    assert_eq!(data(&told)?.0, ResponseCode::NXDomain, "{told:?}");
     let unknown = hex(&query("tag.silent.test", RecordType::A, 9))?;
     let failed = exchange(pod, &format!("--to {v4}:53 --hex {unknown}"))?;
     assert_eq!(data(&failed)?.0, ResponseCode::ServFail, "{failed:?}");
