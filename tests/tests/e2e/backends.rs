@@ -42,7 +42,7 @@ fn sockets_to_a_removed_backend_end_and_all_others_go_on() -> Result<()> {
         })
     };
     let service = format!("--to {}:{}", vip::LEDGER, ports::ECHO);
-    let datagrams = format!("--udp --to {LEDGER_UDP}:53 --timeout 5");
+    let datagrams = format!("--udp --to {LEDGER_UDP}:5300 --timeout 5");
     let address = cluster.pod("legacy/ledger-1")?.spec.v4;
 
     set([Some(false), Some(true)], "ledger-1")?;

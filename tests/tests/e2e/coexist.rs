@@ -40,7 +40,7 @@ fn assert_both_work(cluster: &Cluster, what: &str) -> Result<()> {
         let report = web.connects(&format!("--to {service}:80 --n 200 --threads 4"))?;
         assert_right(&format!("{what}: {service}"), &report, 200);
     }
-    let report = web.udp(&format!("--to {}:53 --n 50 --fresh", vip::QUOTES))?;
+    let report = web.udp(&format!("--to {}:5300 --n 50 --fresh", vip::QUOTES))?;
     assert_right(&format!("{what}: UDP"), &report, 50);
     let dialled = web.dial(&format!("--to {FOREIGN}:80 --send hello --shutdown"))?;
     assert!(dialled.received.starts_with("hello db-0 "), "{what}: the other balancer's service: {dialled:?}");
@@ -306,7 +306,7 @@ fn pods_of_ipv6_alone() -> Result<()> {
         let report = web.connects(&format!("--to {to}:80 --n 100 --threads 4"))?;
         assert_right(what, &report, 100);
     }
-    let report = web.udp(&format!("--to {}:53 --n 50 --fresh", vip::QUOTES_V6))?;
+    let report = web.udp(&format!("--to {}:5300 --n 50 --fresh", vip::QUOTES_V6))?;
     assert_right("UDP", &report, 50);
     // What only the other family has is refused and does not hang, in both directions.
     for (from, to) in [("shop/web-0", vip::DB), ("shop/web-1", vip::PAY)] {
