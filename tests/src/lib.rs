@@ -6,9 +6,9 @@
 //! machine's own network namespace, everything carries a run id, and what a crashed run leaves behind is removed
 //! by the next one.
 //!
-//! Deliberately absent: traffic shaping by the kernel (netem is not everywhere), any knowledge of how the daemons work inside, and any use of
-//! their crates. The daemons are driven through their command lines, files, sockets and metrics only, and the peers in
-//! `peer.rs` are written against the wire format.
+//! Deliberately absent: traffic shaping by the kernel (netem is not everywhere), any knowledge of how the daemons work
+//! inside, and any use of their crates. The daemons are driven through their command lines, files, sockets and metrics
+//! only, and the peers in `peer.rs` are written against the wire format.
 
 pub mod app;
 pub mod cgroup;
