@@ -13,6 +13,7 @@
 mod driver;
 mod error;
 mod fault;
+mod gather;
 mod headers;
 mod pool;
 mod server;

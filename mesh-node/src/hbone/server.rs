@@ -4,6 +4,7 @@ use super::{
     CONNECTION_WINDOW, MAX_FRAME, MAX_HEADER_LIST, PING_TIMEOUT, SEND_BUFFER, SERVER_STREAMS,
     driver::{KeepAlive, stream_window_for, window_for},
     error::Refusal,
+    gather::Gather,
     headers::ConnectRequest,
     stream::HboneStream,
 };
@@ -114,7 +115,7 @@ where
         .max_concurrent_streams(SERVER_STREAMS)
         // Clients that connect and go at once (probes, scanners) are no attack at this rate.
         .max_pending_accept_reset_streams(SERVER_STREAMS as usize)
-        .handshake::<_, Bytes>(io);
+        .handshake::<_, Bytes>(Gather::new(io));
     let mut connection = match timeout(PREFACE_TIMEOUT, handshake).await {
         Ok(Ok(connection)) => connection,
         Ok(Err(error)) => return ServeEnd::Broken(error),

@@ -6,7 +6,10 @@ use super::{
 };
 use crate::{
     fair::Share,
-    hbone::{CONNECTION_WINDOW, HboneError, MAX_FRAME, MAX_HEADER_LIST, SEND_BUFFER, driver, fault::Watched},
+    hbone::{
+        CONNECTION_WINDOW, HboneError, MAX_FRAME, MAX_HEADER_LIST, SEND_BUFFER, driver, fault::Watched,
+        gather::Gather,
+    },
     tls::{self, LocalIdentity, Peer},
 };
 use bytes::Bytes;
@@ -57,7 +60,7 @@ pub(super) async fn dial<D: Dialer>(
         .max_send_buffer_size(SEND_BUFFER)
         .initial_max_send_streams(limits.streams_per_connection)
         .enable_push(false)
-        .handshake(stream)
+        .handshake(Gather::new(stream))
         .await
         .map_err(|e| HboneError::Lost { to, detail: e.to_string() })?;
     let id = inner.next_id();
