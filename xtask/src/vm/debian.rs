@@ -10,7 +10,6 @@ use std::{
     process::Command,
 };
 
-const MIRROR: &str = "http://mirror.example/debian";
 const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 
 /// Fetches the cloud kernel of a suite, or finds the one that was fetched before.
@@ -71,6 +70,22 @@ fn depends(shown: &str, prefix: &str) -> Vec<String> {
         .collect()
 }
 
+/// The mirror that this machine gets its own Debian from; it has the other suites too.
+fn mirror() -> Result<String> {
+    let mut targets = Command::new("apt-get");
+    targets.args(["indextargets", "--format", "$(SITE) $(RELEASE)", "Created-By: Packages"]);
+    mirror_of(&output(&mut targets)?)
+        .context("apt knows no mirror of Debian; add one to its sources, or give the kernel by --kernel")
+}
+
+/// The site of the first suite that is a release of its own, not the updates or the security of one.
+fn mirror_of(targets: &str) -> Option<String> {
+    let mut sites = targets.lines().filter_map(|line| line.split_once(' '));
+    sites
+        .find(|(site, suite)| site.ends_with("/debian") && !suite.contains('-'))
+        .map(|(site, _)| site.to_owned())
+}
+
 /// apt with its own sources and lists.
 struct Apt {
     dir: PathBuf,
@@ -83,7 +98,8 @@ impl Apt {
             fs::create_dir_all(dir.join(part)).with_context(|| format!("create {}", dir.display()))?;
         }
         let dir = dir.canonicalize()?;
-        fs::write(dir.join("sources.list"), format!("deb [signed-by={KEYRING}] {MIRROR} {suite} main\n"))?;
+        let mirror = mirror()?;
+        fs::write(dir.join("sources.list"), format!("deb [signed-by={KEYRING}] {mirror} {suite} main\n"))?;
         Ok(Self { dir })
     }
 
@@ -105,6 +121,14 @@ impl Apt {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_mirror_is_that_of_the_release_itself() {
+        let targets = "https://a.example/tools stable\nhttps://b.example/debian-security x-security\n\
+                       https://c.example/debian x-updates\nhttps://d.example/debian x\n";
+        assert_eq!(mirror_of(targets).as_deref(), Some("https://d.example/debian"));
+        assert_eq!(mirror_of(""), None);
+    }
 
     #[test]
     fn dependencies_of_the_first_paragraph() {
