@@ -8,6 +8,8 @@
 //! | `sock_ops` | cgroup | [`sockops`]: carries original destination and client over; listeners; statistics |
 //! | `inbound` | network namespace | [`inbound`]: steers plaintext to the daemon (sk_lookup) |
 //!
+//! [`daemon`] asks whether the daemon serves, [`dns`] sends a pod's queries to it, [`balance`] chooses backends.
+//!
 //! The decisions are in `mesh_common::decide`; here are the context reads, the look-ups and the writes. Deliberately
 //! absent: anything per packet.
 #![cfg_attr(target_arch = "bpf", no_std, no_main)]
